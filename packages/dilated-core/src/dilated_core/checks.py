@@ -1,0 +1,158 @@
+"""Argument checks: every public function calls these before any work starts.
+
+Each check either returns the normalised value or raises, naming the argument, what was expected and what came.
+Imports torch and the kernel table (for its names).
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dilated_core.kernels import table
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+SEMANTICS = ("paper",)
+
+
+def is_integer(value: object) -> bool:
+    """Whether ``value`` is an integer (bool is not one: ``True`` as a length is a mistake)."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def positive_integer(name: str, value: object) -> int:
+    """Return ``value`` as an int of at least 1. Raises TypeError or ValueError."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected a positive int, got {value!r} of type {type(value).__name__}")
+    number = operator.index(value)
+    if number < 1:
+        raise ValueError(f"{name}: expected a positive int, got {number}")
+    return number
+
+
+def boolean(name: str, value: object) -> bool:
+    """Return ``value`` if it is a bool. Raises TypeError."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {value!r} of type {type(value).__name__}")
+    return value
+
+
+def _integers(name: str, values: object) -> tuple[int, ...]:
+    if isinstance(values, (str, bytes)) or not isinstance(values, Sequence):
+        raise TypeError(f"{name}: expected a sequence of positive ints, got {values!r} of type {type(values).__name__}")
+    numbers: list[int] = []
+    for index, value in enumerate(values):
+        # The plain-int case first: it is the one torch.compile traces.
+        if is_integer(value) and value > 0:
+            numbers.append(value)
+        else:
+            numbers.append(positive_integer(f"{name}[{index}]", value))
+    if not numbers:
+        raise ValueError(f"{name}: expected at least one branch, got an empty sequence")
+    return tuple(numbers)
+
+
+def branches(segment_lengths: object, dilation_rates: object) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the two lists as tuples of ints, one entry a branch.
+
+    Raises:
+        TypeError: not sequences of ints.
+        ValueError: empty, not positive, of unequal length, or a rate above its segment length.
+    """
+    lengths = _integers("segment_lengths", segment_lengths)
+    rates = _integers("dilation_rates", dilation_rates)
+    if len(lengths) != len(rates):
+        raise ValueError(
+            f"segment_lengths and dilation_rates: expected one rate a segment length, "
+            f"got {len(lengths)} lengths {list(lengths)} and {len(rates)} rates {list(rates)}"
+        )
+    for index, (length, rate) in enumerate(zip(lengths, rates)):
+        if rate > length:
+            raise ValueError(
+                f"dilation_rates[{index}]: expected at most segment_lengths[{index}] = {length}, got {rate} "
+                f"(a segment would keep no second position; were the two lists swapped?)"
+            )
+    return lengths, rates
+
+
+def choice(name: str, value: object, accepted: Sequence[str]) -> str:
+    """Return ``value`` if it is one of the accepted strings. Raises TypeError or ValueError."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {list(accepted)}, got {value!r} of type {type(value).__name__}")
+    if value not in accepted:
+        raise ValueError(f"{name}: expected one of {list(accepted)}, got {value!r}")
+    return value
+
+
+def kernel(value: object) -> str:
+    """Return the name of a kernel in the table, or "auto". Whether it can run is asked when tensors come."""
+    return choice("kernel", value, ("auto", *(engine.name for engine in table())))
+
+
+def softmax_scale(scale: object, head_dim: int, name: str = "scale") -> float:
+    """Return the factor on the scores: ``scale``, or ``1 / sqrt(head_dim)`` where it is None."""
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"{name}: expected a float or None, got {scale!r} of type {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"{name}: expected a finite float, got {scale}")
+    return float(scale)
+
+
+def _tensor(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
+    if value.ndim != 4:
+        raise ValueError(
+            f"{name}: expected 4 dimensions (batch, seq, heads, head_dim), got shape {tuple(value.shape)}"
+        )
+    if value.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {value.dtype}")
+    if value.shape[3] == 0:
+        raise ValueError(f"{name}: expected a head_dim of at least 1, got shape {tuple(value.shape)}")
+    return value
+
+
+def query_key_value(
+    query: object, key: object, value: object, *, same_length: bool, enable_gqa: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the three tensors if their shapes, dtypes and devices fit together.
+
+    Args:
+        query: (batch, seq, heads, head_dim).
+        key: (batch, kv_seq, kv_heads, head_dim); value: like key.
+        same_length: whether kv_seq must equal seq (self-attention).
+        enable_gqa: whether heads may be a multiple of kv_heads.
+
+    Raises:
+        TypeError: not tensors, or not floating point, or of different dtypes.
+        ValueError: shapes or devices that do not fit.
+    """
+    query, key, value = _tensor("query", query), _tensor("key", key), _tensor("value", value)
+    for name, other in (("key", key), ("value", value)):
+        if other.dtype != query.dtype:
+            raise TypeError(f"{name}: expected the dtype of query, {query.dtype}, got {other.dtype}")
+        if other.device != query.device:
+            raise ValueError(f"{name}: expected the device of query, {query.device}, got {other.device}")
+    if value.shape != key.shape:
+        raise ValueError(f"value: expected the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}")
+    if key.shape[0] != query.shape[0]:
+        raise ValueError(f"key: expected the batch of query, {query.shape[0]}, got {key.shape[0]}")
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(f"key: expected the head_dim of query, {query.shape[3]}, got {key.shape[3]}")
+    if same_length and key.shape[1] != query.shape[1]:
+        raise ValueError(f"key: expected the seq of query, {query.shape[1]}, got {key.shape[1]}")
+    heads, kv_heads = query.shape[2], key.shape[2]
+    if heads != kv_heads:
+        if not enable_gqa:
+            raise ValueError(
+                f"key: expected the heads of query, {heads}, got {kv_heads} (grouped heads need enable_gqa=True)"
+            )
+        if kv_heads == 0 or heads % kv_heads:
+            raise ValueError(f"key: expected kv_heads that divide the {heads} heads of query, got {kv_heads}")
+    return query, key, value

@@ -1,0 +1,77 @@
+"""Flash attention on the CPU, through PyTorch's own operator. The one file that touches the private CPU operator.
+
+What was found by running it (torch 2.11 to 2.13): it takes strided and overlapping q, k, v without copying; a last
+stride other than 1 is silently wrong; empty inputs crash the process; results lie in memory as (batch, seq, heads,
+head_dim). The callers give it last stride 1 and no empties.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from dilated_core.kernels.math import Math
+
+
+class CPUFlash:
+    """``aten::_scaled_dot_product_flash_attention_for_cpu`` and its backward."""
+
+    name = "cpu_flash"
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why it cannot run here: not a CPU, or an operator that is missing or does not do what is expected of it."""
+        if device.type != "cpu":
+            return f"it runs on the CPU, not on {device.type}"
+        return _fault(dtype)
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return (out, lse) of the tile."""
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, is_causal, scale=scale
+        )
+        return out, lse
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        is_causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of query, key and value."""
+        grads: tuple[Tensor, Tensor, Tensor] = (
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                grad_out, query, key, value, out, lse, 0.0, is_causal, scale=scale
+            )
+        )
+        return grads
+
+
+@cache
+def _fault(dtype: torch.dtype) -> str | None:
+    """Try the private operator once a dtype, on strided input and with a merged lse, against the math kernel."""
+    aten = torch.ops.aten
+    for name in ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"):
+        if not hasattr(aten, name):
+            return f"this torch ({torch.__version__}) has no aten::{name}"
+    values = torch.linspace(-1, 1, 4 * 5 * 2 * 8, dtype=torch.float64).sin().to(dtype).view(1, 4, 5, 2, 8)
+    query, key, value, grad_out = values.transpose(2, 3).unbind(1)
+    try:
+        out, lse = CPUFlash().forward(query, key, value, True, 0.5)
+        expected, expected_lse = Math().forward(query, key, value, True, 0.5)
+        merged = (grad_out, query, key, value, out, lse + 0.25, True, 0.5)
+        pairs = [(out, expected), (lse, expected_lse), *zip(CPUFlash().backward(*merged), Math().backward(*merged))]
+    except RuntimeError as error:
+        return f"the operator fails here: {error}"
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.05)
+    if not all(torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance) for a, b in pairs):
+        return "the operator's results differ from the definition"
+    return None

@@ -1,0 +1,87 @@
+"""Which kernels exist, which can run a request, and which one ``kernel="auto"`` takes."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dilated_core.kernels.cpu_flash import CPUFlash
+from dilated_core.kernels.cuda import CUDACuDNN, CUDAEfficient, CUDAFlash
+from dilated_core.kernels.math import Math
+
+
+class Kernel(Protocol):
+    """Attends one tile. All tensors are (batch, heads, rows, head_dim), last stride 1, other strides free; no empties.
+
+    ``lse`` is (batch, heads, rows), natural log, float32 (float64 for float64 inputs), -inf where a row has no key.
+    """
+
+    @property
+    def name(self) -> str:
+        """The word that ``kernel=`` takes."""
+
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        """Why this kernel cannot run such tensors here; None where it can."""
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return (out, lse) of the tile."""
+
+    def backward(
+        self,
+        grad_out: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        is_causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of query, key and value.
+
+        ``out`` and ``lse`` may be those of a larger softmax that this tile was merged into: with P = exp(S - lse) and
+        D = rowsum(grad_out * out) this is then the exact gradient of the joint softmax (DESIGN section 1).
+        """
+
+
+# In order of preference: the first that does not refuse is "auto". Flash before cuDNN until both have been measured.
+_TABLE: tuple[Kernel, ...] = (CPUFlash(), CUDAFlash(), CUDACuDNN(), CUDAEfficient(), Math())
+
+
+def table() -> tuple[Kernel, ...]:
+    """All kernels, in the order in which ``kernel="auto"`` asks them."""
+    return _TABLE
+
+
+def survey(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str | None]:
+    """Say of every kernel, in order of preference, why it cannot run such tensors; None where it can.
+
+    >>> survey(torch.device("cpu"), torch.float32, 64)["math"] is None
+    True
+    """
+    return {kernel.name: kernel.refusal(device, dtype, head_dim) for kernel in _TABLE}
+
+
+@lru_cache(maxsize=256)
+def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
+    """Return the kernel called ``name``, or for "auto" the first one that can run such tensors.
+
+    Raises:
+        ValueError: an unknown name, or a kernel that cannot run them; the message says why.
+
+    >>> choose("math", torch.device("cpu"), torch.float64, 3).name
+    'math'
+    """
+    for kernel in _TABLE:
+        if name in ("auto", kernel.name):
+            reason = kernel.refusal(device, dtype, head_dim)
+            if reason is None:
+                return kernel
+            if name != "auto":
+                raise ValueError(f'kernel: "{name}" cannot run {dtype} with head_dim {head_dim} on {device}: {reason}')
+    raise ValueError(f"kernel: expected one of {['auto', *(kernel.name for kernel in _TABLE)]}, got {name!r}")

@@ -1,0 +1,132 @@
+"""Measuring: interleaved times, peak memory and the environment, for every benchmark of the project.
+
+A figure is a ratio of medians taken in turns in one run, so that a machine that slows down slows all alike.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Wall times of one candidate.
+
+    Attributes:
+        seconds: one entry a repeat, in the order they were taken.
+
+    >>> Timing((3.0, 1.0, 2.0)).median
+    2.0
+    """
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """Median, in seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median; 0 with fewer than two repeats."""
+        if len(self.seconds) < 2:
+            return 0.0
+        low, _, high = statistics.quantiles(self.seconds, n=4, method="inclusive")
+        return (high - low) / self.median
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1
+) -> dict[str, Timing]:
+    """Time the candidates in turns: all once, then all again.
+
+    Args:
+        candidates: name -> what to run. CUDA work is waited for.
+        repeats: timed rounds; warmup: rounds before them that are not counted.
+
+    Returns:
+        name -> Timing.
+
+    >>> sorted(interleaved({"a": lambda: 1, "b": lambda: 2}, repeats=3))
+    ['a', 'b']
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for round_ in range(warmup + repeats):
+        for name, run in candidates.items():
+            _wait()
+            start = time.perf_counter()
+            run()
+            _wait()
+            if round_ >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
+
+
+def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """Bytes of tensor memory that ``run`` has at most beyond what was there before, its result included.
+
+    On a CPU from the allocator's own events, so exact and free of what malloc keeps; on CUDA from its statistics.
+
+    >>> peak_memory(lambda: torch.empty(1000, dtype=torch.uint8))
+    1000
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        result = run()
+    del result
+    held = peak = 0
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def environment() -> dict[str, object]:
+    """What a figure depends on: versions, processor, threads, devices, date (UTC). JSON-ready."""
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "platform": platform.platform(terse=True),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+    }
+
+
+def _processor() -> str:
+    """The processor's name: from /proc where there is one (platform.processor() is empty on most Linux systems)."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,250 @@
+"""The same attention as nn.Modules: DilatedAttention without weights, MultiheadDilatedAttention with projections."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dilated_core import checks
+from dilated_core.functional import dilated_attention
+from dilated_core.pattern import DilatedPattern
+
+
+class DilatedAttention(nn.Module):
+    """Dilated attention over projected heads, without weights (``dilated_core.dilated_attention`` as a module).
+
+    Args:
+        segment_lengths, dilation_rates: LongNet's branches, see DilatedPattern.
+        softmax_scale: factor on the scores, 1 / sqrt(head_dim) by default.
+        attention_dropout: 0.0; dropout on probabilities is not in this version and any other value raises.
+        is_causal, enable_gqa, semantics, kernel, fused: as in ``dilated_attention``.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type or value.
+
+    >>> attention = DilatedAttention([4, 8], [1, 2], is_causal=True)
+    >>> attention(*torch.randn(3, 2, 11, 4, 16)).shape
+    torch.Size([2, 11, 4, 16])
+    """
+
+    def __init__(
+        self,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        softmax_scale: float | None = None,
+        attention_dropout: float = 0.0,
+        *,
+        is_causal: bool = False,
+        enable_gqa: bool = False,
+        semantics: str = "paper",
+        kernel: str = "auto",
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        _refuse_dropout("attention_dropout", attention_dropout)
+        self.pattern = DilatedPattern(segment_lengths, dilation_rates)
+        checks.softmax_scale(softmax_scale, 1, name="softmax_scale")
+        self.softmax_scale = softmax_scale
+        self.is_causal = checks.boolean("is_causal", is_causal)
+        self.enable_gqa = checks.boolean("enable_gqa", enable_gqa)
+        self.semantics = checks.choice("semantics", semantics, checks.SEMANTICS)
+        self.kernel = checks.kernel(kernel)
+        self.fused = checks.boolean("fused", fused)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool | None = None) -> Tensor:
+        """Attend.
+
+        Args:
+            query: (batch, seq, heads, head_dim); key, value: (batch, seq, kv_heads, head_dim).
+            is_causal: overrides the module's own, for this call.
+
+        Returns:
+            Output like query.
+
+        Raises:
+            TypeError, ValueError: as ``dilated_attention``.
+        """
+        return dilated_attention(
+            query,
+            key,
+            value,
+            self.pattern.segment_lengths,
+            self.pattern.dilation_rates,
+            is_causal=self.is_causal if is_causal is None else is_causal,
+            scale=self.softmax_scale,
+            enable_gqa=self.enable_gqa,
+            semantics=self.semantics,
+            kernel=self.kernel,
+            fused=self.fused,
+        )
+
+    def extra_repr(self) -> str:
+        """What ``print(module)`` shows."""
+        return (
+            f"segment_lengths={list(self.pattern.segment_lengths)}, "
+            f"dilation_rates={list(self.pattern.dilation_rates)}, is_causal={self.is_causal}, "
+            f"kernel={self.kernel!r}, fused={self.fused}"
+        )
+
+
+class MultiheadDilatedAttention(nn.Module):
+    """Multi-head dilated self-attention with projections, called like ``nn.MultiheadAttention(batch_first=True)``.
+
+    q, k, v = projections of the input; dilated attention per head; LayerNorm over the joined heads (MAGNETO's
+    sub-LayerNorm, arXiv 2210.06423) unless ``layer_norm=False``; output projection. Weight names follow torchscale:
+    ``q_proj``, ``k_proj``, ``v_proj``, ``out_proj``, ``inner_attn_ln``.
+
+    Args:
+        embed_dim: width of input and output; a multiple of num_heads.
+        num_heads: query heads.
+        segment_lengths, dilation_rates: LongNet's branches, see DilatedPattern.
+        dropout: 0.0; dropout on probabilities is not in this version and any other value raises.
+        bias: whether the projections have biases.
+        layer_norm: whether the joined heads are normalised before ``out_proj``.
+        layer_norm_eps: its epsilon.
+        gamma_init: Xavier gain of ``v_proj`` and ``out_proj`` (MAGNETO's gamma); q_proj and k_proj have gain 1.
+        kv_heads: key and value heads, a divisor of num_heads; None for num_heads.
+        rotary: a module called as ``rotary(query, key) -> (query, key)`` on (batch, seq, heads, head_dim) after the
+            projections: rotary or XPOS positions.
+        softmax_scale, is_causal, semantics, kernel, fused: as in DilatedAttention.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type or value.
+
+    >>> attention = MultiheadDilatedAttention(64, 4, [8, 16], [1, 2])
+    >>> output, _ = attention(torch.randn(2, 19, 64), is_causal=True)
+    >>> output.shape
+    torch.Size([2, 19, 64])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        dropout: float = 0.0,
+        bias: bool = True,
+        layer_norm: bool = True,
+        layer_norm_eps: float = 1e-5,
+        gamma_init: float = 1.0,
+        kv_heads: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rotary: nn.Module | None = None,
+        softmax_scale: float | None = None,
+        is_causal: bool = False,
+        semantics: str = "paper",
+        kernel: str = "auto",
+        fused: bool = True,
+    ) -> None:
+        super().__init__()
+        _refuse_dropout("dropout", dropout)
+        self.embed_dim = checks.positive_integer("embed_dim", embed_dim)
+        self.num_heads = checks.positive_integer("num_heads", num_heads)
+        self.kv_heads = num_heads if kv_heads is None else checks.positive_integer("kv_heads", kv_heads)
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim: expected a multiple of num_heads = {num_heads}, got {embed_dim}")
+        if num_heads % self.kv_heads:
+            raise ValueError(f"kv_heads: expected a divisor of num_heads = {num_heads}, got {kv_heads}")
+        if rotary is not None and not isinstance(rotary, nn.Module):
+            raise TypeError(f"rotary: expected an nn.Module or None, got {type(rotary).__name__}")
+        self.head_dim = embed_dim // num_heads
+        self.gamma_init = float(gamma_init)
+        self.attention = DilatedAttention(
+            segment_lengths,
+            dilation_rates,
+            softmax_scale,
+            is_causal=is_causal,
+            enable_gqa=self.kv_heads != num_heads,
+            semantics=semantics,
+            kernel=kernel,
+            fused=fused,
+        )
+        self.rotary = rotary
+        kv_dim = self.kv_heads * self.head_dim
+        bias = checks.boolean("bias", bias)
+        self.q_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
+        self.k_proj = nn.Linear(embed_dim, kv_dim, bias, device, dtype)
+        self.v_proj = nn.Linear(embed_dim, kv_dim, bias, device, dtype)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
+        self.inner_attn_ln = (
+            nn.LayerNorm(embed_dim, layer_norm_eps, device=device, dtype=dtype)
+            if checks.boolean("layer_norm", layer_norm)
+            else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Xavier-uniform weights, gain 1 for q and k and ``gamma_init`` for v and out; zero biases."""
+        gains = ((self.q_proj, 1.0), (self.k_proj, 1.0), (self.v_proj, self.gamma_init), (self.out_proj, self.gamma_init))
+        for projection, gain in gains:
+            nn.init.xavier_uniform_(projection.weight, gain)
+            if projection.bias is not None:
+                nn.init.zeros_(projection.bias)
+        if self.inner_attn_ln is not None:
+            self.inner_attn_ln.reset_parameters()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        key_padding_mask: None = None,
+        need_weights: bool = False,
+        attn_mask: None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool | None = None,
+    ) -> tuple[Tensor, None]:
+        """Attend, in the argument order of ``nn.MultiheadAttention.forward``.
+
+        Args:
+            query: (batch, seq, embed_dim).
+            key, value: the same shape; query itself by default.
+            key_padding_mask, attn_mask: not in this version; anything but None raises.
+            need_weights: False; weights are never formed, True raises.
+            average_attn_weights: without effect, as there are no weights; here for the argument order.
+            is_causal: overrides the module's own, for this call.
+
+        Returns:
+            (output of query's shape, None).
+
+        Raises:
+            TypeError, ValueError: an argument of a wrong type, shape or value.
+        """
+        key = query if key is None else key
+        value = key if value is None else value
+        for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+            if tensor.ndim != 3 or tensor.shape[-1] != self.embed_dim or tensor.shape != query.shape:
+                raise ValueError(
+                    f"{name}: expected shape (batch, seq, embed_dim = {self.embed_dim}), "
+                    f"the same for query, key and value, got {tuple(tensor.shape)}"
+                )
+        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None:
+                raise ValueError(f"{name}: masks are not in this version, expected None")
+        if need_weights:
+            raise ValueError("need_weights: attention weights are never formed, expected False")
+        q = self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim))
+        k = self.k_proj(key).unflatten(-1, (self.kv_heads, self.head_dim))
+        v = self.v_proj(value).unflatten(-1, (self.kv_heads, self.head_dim))
+        if self.rotary is not None:
+            q, k = self.rotary(q, k)
+        joined = self.attention(q, k, v, is_causal=is_causal).flatten(-2)
+        if self.inner_attn_ln is not None:
+            joined = self.inner_attn_ln(joined)
+        return self.out_proj(joined), None
+
+    def extra_repr(self) -> str:
+        """What ``print(module)`` shows."""
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, kv_heads={self.kv_heads}"
+
+
+def _refuse_dropout(name: str, value: object) -> None:
+    if value != 0.0:
+        raise ValueError(f"{name}: dropout on attention probabilities is not in this version, expected 0.0, got {value}")

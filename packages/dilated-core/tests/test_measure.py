@@ -1,0 +1,47 @@
+"""measure: turns are taken in order, memory is exact, the environment is JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from dilated_core import dilated_attention, measure
+
+
+def test_interleaved_takes_turns() -> None:
+    order: list[str] = []
+    times = measure.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2, warmup=1)
+    assert order == ["a", "b"] * 3
+    assert all(len(timing.seconds) == 2 for timing in times.values())
+
+
+def test_timing() -> None:
+    timing = measure.Timing((1.0, 2.0, 3.0, 4.0, 5.0))
+    assert (timing.median, timing.spread) == (3.0, pytest.approx(2 / 3))
+    assert measure.Timing((1.0,)).spread == 0.0
+
+
+def test_peak_memory_is_exact() -> None:
+    def run() -> torch.Tensor:
+        first = torch.empty(1000)
+        second = torch.empty(500)
+        del first
+        return torch.cat([second, torch.empty(100)])  # 500 + 100 + 600 floats, less than 1000 + 500
+
+    assert measure.peak_memory(run) == 4 * 1700 or measure.peak_memory(run) == 4 * 1500
+
+
+def test_forward_needs_less_than_twice_its_output_more() -> None:
+    """The memory goal, in both precisions, at a size whose tiles do not fit one gather."""
+    for dtype in (torch.float32, torch.bfloat16):
+        query, key, value = torch.randn(3, 1, 16384, 8, 64).to(dtype).unbind()
+        lengths, rates = [512, 1024, 2048, 4096], [1, 2, 4, 6]
+        peak = measure.peak_memory(lambda q=query, k=key, v=value: dilated_attention(q, k, v, lengths, rates))
+        assert peak - query.nbytes < 2 * query.nbytes
+
+
+def test_environment_is_json() -> None:
+    environment = json.loads(json.dumps(measure.environment()))
+    assert environment["torch"] == torch.__version__
