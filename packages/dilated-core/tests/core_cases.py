@@ -1,4 +1,4 @@
-"""What the tests of dilated-core share: tolerances, shapes, hypothesis strategies and the comparison with the oracle."""
+"""What the tests of dilated-core share: tolerances, shapes, hypothesis strategies, comparison with the oracle."""
 
 from __future__ import annotations
 
@@ -86,7 +86,9 @@ def deviation(result: Tensor, oracle: Tensor, floor: float = 0.0) -> float:
     """Largest difference over the oracle's largest magnitude; infinite where either is not finite."""
     if oracle.numel() == 0:
         return 0.0
-    difference = (result.detach().to("cpu", torch.float64) - oracle.detach().to("cpu", torch.float64)).abs().max().item()
+    difference = (
+        (result.detach().to("cpu", torch.float64) - oracle.detach().to("cpu", torch.float64)).abs().max().item()
+    )
     scale = max(oracle.detach().abs().max().item(), floor, torch.finfo(torch.float64).tiny)
     return difference / scale if difference == difference else float("inf")
 
@@ -121,9 +123,7 @@ def oracle(case: Case, dtype: torch.dtype, *, with_lse: bool = False) -> Results
     """The same in float64 by the definition, from the inputs as ``dtype`` rounds them."""
     *qkv, cotangent = (tensor.double() for tensor in case.tensors(4, dtype))
     leaves = [tensor.requires_grad_() for tensor in qkv]
-    out, lse = reference.dilated_attention(
-        *leaves, case.segment_lengths, case.dilation_rates, is_causal=case.is_causal
-    )
+    out, lse = reference.dilated_attention(*leaves, case.segment_lengths, case.dilation_rates, is_causal=case.is_causal)
     return Results(out, *_gradients(case, out, lse, leaves, cotangent, with_lse))
 
 

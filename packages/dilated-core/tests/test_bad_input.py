@@ -16,15 +16,39 @@ PATTERN = {"segment_lengths": [2, 4], "dilation_rates": [1, 2]}
 
 TENSOR_FAULTS = {
     "query not a tensor": ({"query": [1.0]}, TypeError, "query: expected a torch.Tensor, got list"),
-    "query of 3 dims": ({"query": X[0]}, ValueError, r"query: expected 4 dimensions .*, got shape \(6, 4, 8\)"),
+    "query of 3 dims": (
+        {"query": X[0]},
+        ValueError,
+        r"query: expected 4 dimensions .*, got shape \(6, 4, 8\)",
+    ),
     "query of ints": ({"query": X.int()}, TypeError, "query: expected float64, float32, .* got torch.int32"),
-    "key of another dtype": ({"key": X.double()}, TypeError, "key: expected the dtype of query, torch.float32"),
+    "key of another dtype": (
+        {"key": X.double()},
+        TypeError,
+        "key: expected the dtype of query, torch.float32",
+    ),
     "value of another dtype": ({"value": X.half()}, TypeError, "value: expected the dtype of query"),
-    "key of another device": ({"key": X.to("meta")}, ValueError, "key: expected the device of query, cpu, got meta"),
+    "key of another device": (
+        {"key": X.to("meta")},
+        ValueError,
+        "key: expected the device of query, cpu, got meta",
+    ),
     "value of another shape": ({"value": X[:, :5]}, ValueError, "value: expected the shape of key"),
-    "another batch": ({"key": X[:1], "value": X[:1]}, ValueError, "key: expected the batch of query, 2, got 1"),
-    "another head_dim": ({"key": X[..., :4], "value": X[..., :4]}, ValueError, "key: expected the head_dim of query"),
-    "fewer kv heads": ({"key": X[:, :, :2], "value": X[:, :, :2]}, ValueError, "key: expected the heads of query, 4"),
+    "another batch": (
+        {"key": X[:1], "value": X[:1]},
+        ValueError,
+        "key: expected the batch of query, 2, got 1",
+    ),
+    "another head_dim": (
+        {"key": X[..., :4], "value": X[..., :4]},
+        ValueError,
+        "key: expected the head_dim of query",
+    ),
+    "fewer kv heads": (
+        {"key": X[:, :, :2], "value": X[:, :, :2]},
+        ValueError,
+        "key: expected the heads of query, 4",
+    ),
     "head_dim 0": ({"query": X[..., :0], "key": X[..., :0]}, ValueError, "head_dim of at least 1"),
     "is_causal not a bool": ({"is_causal": 1}, TypeError, "is_causal: expected a bool, got 1"),
     "scale a string": ({"scale": "0.1"}, TypeError, "scale: expected a float or None"),
@@ -35,7 +59,11 @@ TENSOR_FAULTS = {
     "kernel impossible": ({"kernel": "cuda_flash"}, ValueError, 'kernel: "cuda_flash" cannot run'),
 }
 ATTENTION_FAULTS = {
-    "another length": ({"key": X[:, :5], "value": X[:, :5]}, ValueError, "key: expected the seq of query, 6, got 5"),
+    "another length": (
+        {"key": X[:, :5], "value": X[:, :5]},
+        ValueError,
+        "key: expected the seq of query, 6, got 5",
+    ),
     "kv heads no divisor": (
         {"key": X[:, :, :3], "value": X[:, :, :3], "enable_gqa": True},
         ValueError,
@@ -44,13 +72,29 @@ ATTENTION_FAULTS = {
     "enable_gqa not a bool": ({"enable_gqa": "yes"}, TypeError, "enable_gqa: expected a bool"),
     "fused not a bool": ({"fused": None}, TypeError, "fused: expected a bool"),
     "lengths not a list": ({"segment_lengths": 4}, TypeError, "segment_lengths: expected a sequence"),
-    "length a float": ({"segment_lengths": [2, 4.0]}, TypeError, r"segment_lengths\[1\]: expected a positive int"),
-    "rate zero": ({"dilation_rates": [1, 0]}, ValueError, r"dilation_rates\[1\]: expected a positive int, got 0"),
+    "length a float": (
+        {"segment_lengths": [2, 4.0]},
+        TypeError,
+        r"segment_lengths\[1\]: expected a positive int",
+    ),
+    "rate zero": (
+        {"dilation_rates": [1, 0]},
+        ValueError,
+        r"dilation_rates\[1\]: expected a positive int, got 0",
+    ),
     "one rate missing": ({"dilation_rates": [1]}, ValueError, "one rate a segment length"),
-    "swapped": ({"segment_lengths": [1, 2], "dilation_rates": [2, 4]}, ValueError, "were the two lists swapped"),
+    "swapped": (
+        {"segment_lengths": [1, 2], "dilation_rates": [2, 4]},
+        ValueError,
+        "were the two lists swapped",
+    ),
     "semantics unknown": ({"semantics": "longnet"}, ValueError, r"semantics: expected one of \['paper'\]"),
     "semantics not a string": ({"semantics": 1}, TypeError, "semantics: expected one of"),
-    "return_aux a bool": ({"return_aux": True}, TypeError, "return_aux: expected an AuxRequest or None, got bool"),
+    "return_aux a bool": (
+        {"return_aux": True},
+        TypeError,
+        "return_aux: expected an AuxRequest or None, got bool",
+    ),
 }
 
 
@@ -76,7 +120,11 @@ def test_dilated_attention(change: dict[str, object], error: type[Exception], me
 
 
 MODULE_FAULTS = {
-    "swapped": ({"segment_lengths": [1, 2], "dilation_rates": [2, 4]}, ValueError, "were the two lists swapped"),
+    "swapped": (
+        {"segment_lengths": [1, 2], "dilation_rates": [2, 4]},
+        ValueError,
+        "were the two lists swapped",
+    ),
     "is_causal not a bool": ({"is_causal": 1}, TypeError, "is_causal: expected a bool"),
     "kernel unknown": ({"kernel": "magic"}, ValueError, "kernel: expected one of"),
     "semantics unknown": ({"semantics": "magic"}, ValueError, "semantics: expected one of"),
@@ -86,12 +134,24 @@ MODULE_FAULTS = {
 MULTIHEAD_FAULTS = {
     "embed_dim a float": ({"embed_dim": 8.0}, TypeError, "embed_dim: expected a positive int"),
     "no heads": ({"num_heads": 0}, ValueError, "num_heads: expected a positive int, got 0"),
-    "heads not dividing": ({"num_heads": 3}, ValueError, "embed_dim: expected a multiple of num_heads = 3, got 16"),
-    "kv heads not dividing": ({"kv_heads": 3}, ValueError, "kv_heads: expected a divisor of num_heads = 4, got 3"),
+    "heads not dividing": (
+        {"num_heads": 3},
+        ValueError,
+        "embed_dim: expected a multiple of num_heads = 3, got 16",
+    ),
+    "kv heads not dividing": (
+        {"kv_heads": 3},
+        ValueError,
+        "kv_heads: expected a divisor of num_heads = 4, got 3",
+    ),
     "dropout": ({"dropout": 0.1}, ValueError, "dropout: .* not in this version, expected 0.0, got 0.1"),
     "bias not a bool": ({"bias": "no"}, TypeError, "bias: expected a bool"),
     "layer_norm not a bool": ({"layer_norm": None}, TypeError, "layer_norm: expected a bool"),
-    "rotary a function": ({"rotary": lambda q, k: (q, k)}, TypeError, "rotary: expected an nn.Module or None"),
+    "rotary a function": (
+        {"rotary": lambda q, k: (q, k)},
+        TypeError,
+        "rotary: expected an nn.Module or None",
+    ),
 }
 
 
@@ -102,7 +162,7 @@ def test_dilated_attention_module(change: dict[str, object], error: type[Excepti
 
 
 def test_dilated_attention_module_refuses_dropout() -> None:
-    with pytest.raises(ValueError, match="attention_dropout: .* expected 0.0, got 0.5"):
+    with pytest.raises(ValueError, match=r"attention_dropout: .* expected 0.0, got 0.5"):
         DilatedAttention(**PATTERN, attention_dropout=0.5)  # type: ignore[arg-type]
 
 
@@ -122,7 +182,11 @@ CALL_FAULTS: dict[str, tuple[Callable[[nn.Module], object], type[Exception], str
     "two dims": (lambda m: m(S[0]), ValueError, r"query: expected shape \(batch, seq, embed_dim = 16\)"),
     "wrong width": (lambda m: m(S[..., :8]), ValueError, r"query: expected shape .*, got \(2, 6, 8\)"),
     "other keys": (lambda m: m(S, S[:, :3]), ValueError, r"key: expected shape .*, got \(2, 3, 16\)"),
-    "mask": (lambda m: m(S, key_padding_mask=S[..., 0].bool()), ValueError, "key_padding_mask: .* expected None"),
+    "mask": (
+        lambda m: m(S, key_padding_mask=S[..., 0].bool()),
+        ValueError,
+        "key_padding_mask: .* expected None",
+    ),
     "attn_mask": (lambda m: m(S, attn_mask=S[0]), ValueError, "attn_mask: .* expected None"),
     "weights": (lambda m: m(S, need_weights=True), ValueError, "need_weights: .* expected False"),
     "causal": (lambda m: m(S, is_causal=1), TypeError, "is_causal: expected a bool"),

@@ -24,7 +24,7 @@ def test_cpu_kernels_agree_with_float64(dtype: torch.dtype, is_causal: bool) -> 
             ours = kernel.forward(*tensors[:3], is_causal, 0.25)
             our_grads = kernel.backward(tensors[3], *tensors[:3], *ours, is_causal, 0.25)
             eps = torch.finfo(dtype).eps
-            for got, expected in zip((*ours, *our_grads), (out, lse, *grads)):
+            for got, expected in zip((*ours, *our_grads), (out, lse, *grads), strict=True):
                 assert (got.double() - expected).abs().max() <= 30 * eps * expected.abs().max(), kernel.name
 
 
@@ -36,7 +36,7 @@ def test_math_in_chunks_equals_math_at_once(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.setattr(math, "SCORES_AT_ONCE", limit)
         out, lse = kernel.forward(query, key, value, True, 0.3)
         results.append([out, lse, *kernel.backward(grad, query, key, value, out, lse, True, 0.3)])
-    for whole, chunked in zip(*results):
+    for whole, chunked in zip(*results, strict=True):
         torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-13)
 
 
@@ -57,7 +57,9 @@ def test_survey_gives_a_reason_for_each_refusal() -> None:
 
 def test_impossible_request_names_what_is_missing() -> None:
     query = torch.randn(1, 4, 2, 8)
-    with pytest.raises(ValueError, match='kernel: "cuda_flash" cannot run torch.float32 .* it runs on CUDA, not on cpu'):
+    with pytest.raises(
+        ValueError, match=r'kernel: "cuda_flash" cannot run torch.float32 .* it runs on CUDA, not on cpu'
+    ):
         dilated_attention(query, query, query, [2], [1], kernel="cuda_flash")
     with pytest.raises(ValueError, match=r"kernel: expected one of \['auto', 'cpu_flash'"):
         kernels.choose("flash", CPU, torch.float32, 8)

@@ -46,7 +46,7 @@ def test_compiles_into_one_graph(fused: bool) -> None:
         leaf = sequence.clone().requires_grad_()
         out = call(leaf)[0]
         results.append([out, *torch.autograd.grad(out, [leaf, *module.parameters()], cotangent)])
-    for eager, traced in zip(*results):
+    for eager, traced in zip(*results, strict=True):
         torch.testing.assert_close(traced, eager, rtol=0, atol=2e-5)
 
 

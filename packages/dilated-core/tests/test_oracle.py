@@ -140,5 +140,5 @@ def test_any_strides(dtype: torch.dtype) -> None:
         for leaves in (strided, plain):
             out = dilated_attention(*leaves, *pattern)
             results.append([out, *torch.autograd.grad(out, leaves, cotangent)])
-        for a, b in zip(*results):
+        for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=1e-13 if dtype == torch.float64 else 1e-2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -27,12 +28,12 @@ def test_merged_parts_equal_the_whole(cuts: list[int], rows: int, kernel: str, s
     key, value = (torch.randn(2, 17, 3, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     whole = attend(query, key, value, kernel="math")
     bounds = [0, *cuts, 17]
-    parts = [attend(query, key[:, a:b], value[:, a:b], kernel=kernel) for a, b in zip(bounds, bounds[1:])]
+    parts = [attend(query, key[:, a:b], value[:, a:b], kernel=kernel) for a, b in itertools.pairwise(bounds)]
     joined = merge(*parts)
     cotangents = [torch.randn_like(tensor) for tensor in whole]
     torch.testing.assert_close(joined, whole, rtol=0, atol=1e-12)
     gradients = [torch.autograd.grad(list(p), (query, key, value), cotangents) for p in (joined, whole)]
-    for name, a, b in zip(("dq", "dk", "dv"), *gradients):
+    for name, a, b in zip(("dq", "dk", "dv"), *gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-11, msg=name)
 
 
@@ -52,7 +53,7 @@ def test_lse_gradient_keeps_its_precision_in_half(dtype: torch.dtype) -> None:
     doubles = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
     exact = torch.autograd.grad(attend(*doubles, kernel="math").lse, doubles[:2], cotangent.double())
     tolerance = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5
-    for a, b in zip(ours, exact):
+    for a, b in zip(ours, exact, strict=True):
         assert (a.double() - b).abs().max() <= tolerance * b.abs().max()
 
 
@@ -99,9 +100,21 @@ GOOD = Partial(torch.zeros(2, 3, 4, 8), torch.zeros(2, 4, 3))
 BAD_MERGES = {
     "nothing": ([], ValueError, "partials: expected at least one"),
     "a tuple": ([tuple(GOOD)], TypeError, r"partials\[0\]: expected a Partial, got tuple"),
-    "lse layout": ([Partial(GOOD.out, torch.zeros(2, 3, 4))], ValueError, r"partials\[0\].lse: expected shape"),
-    "shapes": ([GOOD, Partial(torch.zeros(2, 3, 4, 9), GOOD.lse)], ValueError, r"partials\[1\].out: expected the shape"),
-    "dtypes": ([GOOD, Partial(GOOD.out.double(), GOOD.lse)], TypeError, r"partials\[1\].out: expected the dtype"),
+    "lse layout": (
+        [Partial(GOOD.out, torch.zeros(2, 3, 4))],
+        ValueError,
+        r"partials\[0\].lse: expected shape",
+    ),
+    "shapes": (
+        [GOOD, Partial(torch.zeros(2, 3, 4, 9), GOOD.lse)],
+        ValueError,
+        r"partials\[1\].out: expected the shape",
+    ),
+    "dtypes": (
+        [GOOD, Partial(GOOD.out.double(), GOOD.lse)],
+        TypeError,
+        r"partials\[1\].out: expected the dtype",
+    ),
 }
 
 

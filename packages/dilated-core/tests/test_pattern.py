@@ -28,9 +28,7 @@ def test_hashable_and_frozen() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_counts_agree_with_the_definition(case: Case, is_causal: bool) -> None:
     pattern = DilatedPattern(case.segment_lengths, case.dilation_rates)
-    count = reference.multiplicity(
-        case.seq, case.heads, case.segment_lengths, case.dilation_rates, is_causal=is_causal
-    )
+    count = reference.multiplicity(case.seq, case.heads, case.segment_lengths, case.dilation_rates, is_causal=is_causal)
     assert pattern.pairs(case.seq, case.heads, is_causal=is_causal) == int(count.sum())
     assert pattern.flops(case.seq, case.heads, 8, is_causal=is_causal) == 32 * int(count.sum())
     if not is_causal:

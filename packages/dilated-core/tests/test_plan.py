@@ -16,7 +16,7 @@ from dilated_core.plan import make_tiles
 @given(case=cases(), first_head=st.integers(0, 20))
 def test_tiles_hold_each_place_of_each_branch_once(case: Case, first_head: int) -> None:
     """Write every tile's places through its own view, and count them against the definition."""
-    for w, r in zip(case.segment_lengths, case.dilation_rates):
+    for w, r in zip(case.segment_lengths, case.dilation_rates, strict=True):
         count = torch.zeros(1, case.seq, case.heads, dtype=torch.int64)
         for tile in make_tiles((w,), (r,), case.seq, case.heads, first_head):
             tile.view(count).add_(1)
@@ -30,7 +30,7 @@ def test_tiles_hold_each_place_of_each_branch_once(case: Case, first_head: int) 
 def test_rows_of_a_tile_share_segment_head_and_phase(case: Case) -> None:
     position = torch.arange(case.seq)[None, :, None].expand(1, case.seq, case.heads).contiguous()
     head = torch.arange(case.heads).expand(1, case.seq, case.heads).contiguous()
-    for w, r in zip(case.segment_lengths, case.dilation_rates):
+    for w, r in zip(case.segment_lengths, case.dilation_rates, strict=True):
         for tile in make_tiles((w,), (r,), case.seq, case.heads):
             for view in (tile.view(position) // w, tile.view(head), (tile.view(position) % w) % r):
                 assert (view == view[..., :1]).all()

@@ -61,7 +61,7 @@ def test_causal_never_looks_ahead(case: Case) -> None:
     tensors, others = case.tensors(3, torch.float32), case.tensors(6, torch.float32)[3:]
     token = case.seed % case.seq
     before = dilated_attention(*tensors, case.segment_lengths, case.dilation_rates, is_causal=True)
-    for tensor, other in zip(tensors, others):
+    for tensor, other in zip(tensors, others, strict=True):
         tensor[:, token:] = other[:, token:]
     after = dilated_attention(*tensors, case.segment_lengths, case.dilation_rates, is_causal=True)
     assert torch.equal(before[:, :token], after[:, :token])
@@ -76,7 +76,7 @@ def test_deterministic() -> None:
         leaves = [leaf.requires_grad_() for leaf in leaves]
         out = dilated_attention(*leaves, case.segment_lengths, case.dilation_rates)
         results.append([out, *torch.autograd.grad(out, leaves, cotangent)])
-    assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 def test_grouped_heads_equal_repeated_heads() -> None:
@@ -89,5 +89,5 @@ def test_grouped_heads_equal_repeated_heads() -> None:
         query, *(tensor.repeat_interleave(3, dim=2) for tensor in (key, value)), *pattern, is_causal=True
     )
     assert torch.equal(grouped, repeated)
-    for a, b in zip(*(torch.autograd.grad(out, (key, value), cotangent) for out in (grouped, repeated))):
+    for a, b in zip(*(torch.autograd.grad(out, (key, value), cotangent) for out in (grouped, repeated)), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-13)

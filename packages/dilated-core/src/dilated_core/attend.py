@@ -65,18 +65,18 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     engine = choose(kernel, query.device, query.dtype, query.shape[-1])
     if query.numel() == 0 or key.numel() == 0:
-        out, lse = _attend_fake(query, key, value, is_causal, scale, kernel)
+        out, lse = _attend_results(query)
         return out.zero_(), lse.fill_(-math.inf)
     out, lse = engine.forward(_rows_last(query), _rows_last(key), _rows_last(value), is_causal, scale)
     return out.transpose(1, 2).contiguous(), lse.contiguous()
 
 
-@_attend.register_fake
-def _attend_fake(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, kernel: str
-) -> tuple[Tensor, Tensor]:
+def _attend_results(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     batch, seq, heads, _ = query.shape
     return query.new_empty(query.shape), query.new_empty(batch, heads, seq, dtype=accumulation_dtype(query.dtype))
+
+
+_attend.register_fake(_attend_results)
 
 
 @custom_op("dilated_core::attend_backward", mutates_args=())
@@ -94,17 +94,19 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if query.numel() == 0 or key.numel() == 0:
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    rows = [_rows_last(tensor) for tensor in (query, key, value, out)]
-    grads = tile_backward(kernel, _rows_last(grad_out), grad_lse, *rows, lse, is_causal, scale)
+    q, k, v, o = (_rows_last(tensor) for tensor in (query, key, value, out))
+    grads = tile_backward(kernel, _rows_last(grad_out), grad_lse, q, k, v, o, lse, is_causal, scale)
     grad_query, grad_key, grad_value = (grad.to(query.dtype).transpose(1, 2).contiguous() for grad in grads)
     return grad_query, grad_key, grad_value
 
 
-@_attend_backward.register_fake
-def _attend_backward_fake(
+def _attend_backward_results(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+_attend_backward.register_fake(_attend_backward_results)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

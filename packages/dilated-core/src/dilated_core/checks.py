@@ -70,7 +70,7 @@ def branches(segment_lengths: object, dilation_rates: object) -> tuple[tuple[int
             f"segment_lengths and dilation_rates: expected one rate a segment length, "
             f"got {len(lengths)} lengths {list(lengths)} and {len(rates)} rates {list(rates)}"
         )
-    for index, (length, rate) in enumerate(zip(lengths, rates)):
+    for index, (length, rate) in enumerate(zip(lengths, rates, strict=True)):
         if rate > length:
             raise ValueError(
                 f"dilation_rates[{index}]: expected at most segment_lengths[{index}] = {length}, got {rate} "
@@ -108,9 +108,7 @@ def _tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.ndim != 4:
-        raise ValueError(
-            f"{name}: expected 4 dimensions (batch, seq, heads, head_dim), got shape {tuple(value.shape)}"
-        )
+        raise ValueError(f"{name}: expected 4 dimensions (batch, seq, heads, head_dim), got shape {tuple(value.shape)}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {value.dtype}")
     if value.shape[3] == 0:

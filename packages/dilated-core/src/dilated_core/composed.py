@@ -32,7 +32,7 @@ def composed_attention(
     if query.numel() == 0:
         return attend(query, key, value, is_causal=is_causal, scale=scale, kernel=kernel)
     branches = []
-    for segment_length, rate in zip(segment_lengths, dilation_rates):
+    for segment_length, rate in zip(segment_lengths, dilation_rates, strict=True):
         out = query.new_zeros(query.shape)
         lse = query.new_full(
             (query.shape[0], query.shape[2], query.shape[1]), -math.inf, dtype=accumulation_dtype(query.dtype)

@@ -73,16 +73,13 @@ def _over_heads(
     heads = query.shape[2]
     if accumulation_dtype(query.dtype) == query.dtype:
         return list(compute(slice(0, heads)))
-    rounded = []
-    for half in (slice(0, (heads + 1) // 2), slice((heads + 1) // 2, heads)):
-        if half.start < half.stop:
-            rounded.append([rows.to(dtype) for rows, dtype in zip(compute(half), dtypes)])
-    return [torch.cat(halves, dim=2) for halves in zip(*rounded)]
+    middle = (heads + 1) // 2
+    halves = [half for half in (slice(0, middle), slice(middle, heads)) if half.start < half.stop]
+    rounded = [[rows.to(dtype) for rows, dtype in zip(compute(half), dtypes, strict=True)] for half in halves]
+    return [torch.cat(parts, dim=2) for parts in zip(*rounded, strict=True)]
 
 
-def _tiles(
-    segment_lengths: Sequence[int], dilation_rates: Sequence[int], query: Tensor, heads: slice
-) -> list[Tile]:
+def _tiles(segment_lengths: Sequence[int], dilation_rates: Sequence[int], query: Tensor, heads: slice) -> list[Tile]:
     """The plan of these heads, rate 1 first: its result, where it is whole, becomes the sum the others join."""
     tiles = make_tiles(
         tuple(segment_lengths), tuple(dilation_rates), query.shape[1], heads.stop - heads.start, heads.start
@@ -107,51 +104,53 @@ def fused_attention(
     """
     engine = choose(kernel, query.device, query.dtype, query.shape[-1])
     if query.numel() == 0:
-        return _forward_fake(query, key, value, segment_lengths, dilation_rates, is_causal, scale, kernel)
+        return _forward_results(query)
     tensors = [_last_stride_1(tensor) for tensor in (query, key, value)]
 
     def forward(heads: slice) -> tuple[Tensor, Tensor]:
         tiles = _tiles(segment_lengths, dilation_rates, query, heads)
-        return _forward_heads(engine, tiles, *(tensor[:, :, heads] for tensor in tensors), is_causal, scale)
+        return _forward_heads(engine, tiles, [tensor[:, :, heads] for tensor in tensors], is_causal, scale)
 
     out, lse = _over_heads(forward, query, (query.dtype, accumulation_dtype(query.dtype)))
     return out, lse.transpose(1, 2)
 
 
 def _forward_heads(
-    engine: Kernel, tiles: list[Tile], query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
+    engine: Kernel, tiles: list[Tile], tensors: list[Tensor], is_causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of these heads, (batch, seq, heads, ...), in the accumulation dtype."""
+    """out and lse of these heads, (batch, seq, heads, ...), in the accumulation dtype.
+
+    ``tensors``: query, key and value, (batch, seq, heads, head_dim).
+    """
+    query = tensors[0]
     dtype = accumulation_dtype(query.dtype)
+
+    def forward(tile: Tile, batch: slice) -> tuple[Tensor, Tensor]:
+        q, k, v = (_gather(tile, tensor[batch]) for tensor in tensors)
+        return engine.forward(q, k, v, is_causal, scale)
+
     if tiles and _is_whole(tiles[0], query):
         whole = tiles.pop(0)
-        out, lse = engine.forward(*(_gather(whole, tensor) for tensor in (query, key, value)), is_causal, scale)
+        out, lse = forward(whole, slice(None))
         out, lse = _ungather(whole, out).to(dtype), _ungather(whole, lse)
     else:
         out = query.new_zeros(query.shape, dtype=dtype)
         lse = query.new_full(query.shape[:-1], -math.inf, dtype=dtype)
     for tile in tiles:
         for batch, part in _parts(tile, query):
-            rows = engine.forward(*(_gather(part, tensor[batch]) for tensor in (query, key, value)), is_causal, scale)
+            new_out, new_lse = forward(part, batch)
             out_rows, lse_rows = part.view(out[batch]), part.view(lse[batch])
-            merge_in_place(out_rows, lse_rows, rows[0].reshape(out_rows.shape), rows[1].reshape(lse_rows.shape))
+            merge_in_place(out_rows, lse_rows, new_out.reshape(out_rows.shape), new_lse.reshape(lse_rows.shape))
     return out, lse
 
 
-@fused_attention.register_fake
-def _forward_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    is_causal: bool,
-    scale: float,
-    kernel: str,
-) -> tuple[Tensor, Tensor]:
-    # lse lies in memory as (batch, seq, heads), as the CPU kernel writes it, and is shown as (batch, heads, seq).
+def _forward_results(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    """Tensors shaped like the results. lse lies in memory as (batch, seq, heads), as the CPU kernel writes it."""
     lse = query.new_empty(query.shape[:-1], dtype=accumulation_dtype(query.dtype))
     return query.new_empty(query.shape), lse.transpose(1, 2)
+
+
+fused_attention.register_fake(_forward_results)
 
 
 @custom_op("dilated_core::dilated_attention_backward", mutates_args=())
@@ -171,7 +170,7 @@ def fused_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, given those of out and (or None) of lse, and the forward's results."""
     if query.numel() == 0:
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        return _backward_results(grad_out, grad_lse, query, key, value)
     tensors = [_last_stride_1(tensor) for tensor in (grad_out, query, key, value, out)]
     tensors += [tensor.transpose(1, 2) for tensor in (lse, grad_lse) if tensor is not None]
 
@@ -204,17 +203,19 @@ def _backward_heads(
         grads = [torch.zeros(query.shape, dtype=dtype, device=query.device) for _ in range(3)]
     for tile in tiles:
         for batch, part in _parts(tile, query):
-            for grad, rows in zip(grads, backward(part, batch)):
+            for grad, rows in zip(grads, backward(part, batch), strict=True):
                 view = part.view(grad[batch])
                 view.add_(rows.reshape(view.shape))
     return grads
 
 
-@fused_backward.register_fake
-def _backward_fake(
+def _backward_results(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+fused_backward.register_fake(_backward_results)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -46,9 +46,7 @@ class Timing:
         return (high - low) / self.median
 
 
-def interleaved(
-    candidates: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1
-) -> dict[str, Timing]:
+def interleaved(candidates: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1) -> dict[str, Timing]:
     """Time the candidates in turns: all once, then all again.
 
     Args:
@@ -93,7 +91,7 @@ def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -
         result = run()
     del result
     held = peak = 0
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profiler.profiler.kineto_results.events()
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)

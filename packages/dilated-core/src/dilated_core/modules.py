@@ -180,7 +180,12 @@ class MultiheadDilatedAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Xavier-uniform weights, gain 1 for q and k and ``gamma_init`` for v and out; zero biases."""
-        gains = ((self.q_proj, 1.0), (self.k_proj, 1.0), (self.v_proj, self.gamma_init), (self.out_proj, self.gamma_init))
+        gains = (
+            (self.q_proj, 1.0),
+            (self.k_proj, 1.0),
+            (self.v_proj, self.gamma_init),
+            (self.out_proj, self.gamma_init),
+        )
         for projection, gain in gains:
             nn.init.xavier_uniform_(projection.weight, gain)
             if projection.bias is not None:
@@ -247,4 +252,6 @@ class MultiheadDilatedAttention(nn.Module):
 
 def _refuse_dropout(name: str, value: object) -> None:
     if value != 0.0:
-        raise ValueError(f"{name}: dropout on attention probabilities is not in this version, expected 0.0, got {value}")
+        raise ValueError(
+            f"{name}: dropout on attention probabilities is not in this version, expected 0.0, got {value}"
+        )

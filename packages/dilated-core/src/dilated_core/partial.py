@@ -67,7 +67,10 @@ def merge(*partials: Partial) -> Partial:
     total = torch.where(has_key, total, 1.0)
     lse = torch.where(has_key, torch.log(total) + shift, -math.inf)
     weights = (weights / total).transpose(-1, -2).unsqueeze(-1)  # as out: (parts, batch, seq, heads, 1)
-    out = sum((weight * partial.out.to(dtype) for weight, partial in zip(weights, partials)), start=weights.new_zeros(()))
+    out = sum(
+        (weight * partial.out.to(dtype) for weight, partial in zip(weights, partials, strict=True)),
+        start=weights.new_zeros(()),
+    )
     return Partial(out.to(partials[0].out.dtype), lse)
 
 

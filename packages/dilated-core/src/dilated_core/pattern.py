@@ -139,7 +139,7 @@ class DilatedPattern:
         covered = 0
         for head in range(heads):
             on_grid = torch.zeros(seq_len, dtype=torch.bool)
-            for w, r in zip(self.segment_lengths, self.dilation_rates):
+            for w, r in zip(self.segment_lengths, self.dilation_rates, strict=True):
                 on_grid |= (position % w) % r == head % r
             covered += int(on_grid.sum())
         return covered / (heads * seq_len)

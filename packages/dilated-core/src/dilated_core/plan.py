@@ -94,7 +94,7 @@ def make_tiles(
     [Tile(start=0, segments=2, segment_length=4, rate=2, rows=2, first_head=0, groups=1, phases=2)]
     """
     tiles = []
-    for segment_length, rate in zip(segment_lengths, dilation_rates):
+    for segment_length, rate in zip(segment_lengths, dilation_rates, strict=True):
         for start, segments, length in _segments(segment_length, seq_len):
             # Phases below `length % rate` own one row more than the others.
             short, longer = divmod(length, rate)

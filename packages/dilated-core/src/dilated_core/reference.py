@@ -37,7 +37,7 @@ def multiplicity(
     query = key if rows is None else rows.to(key.device)
     head = torch.arange(heads, device=device)
     count = torch.zeros(heads, len(query), seq_len, dtype=torch.int64, device=device)
-    for w, r in zip(segment_lengths, dilation_rates):
+    for w, r in zip(segment_lengths, dilation_rates, strict=True):
         same_segment = query[:, None] // w == key[None, :] // w
         query_kept = (query % w) % r == (head % r)[:, None]  # (heads, queries)
         key_kept = (key % w) % r == (head % r)[:, None]  # (heads, seq)

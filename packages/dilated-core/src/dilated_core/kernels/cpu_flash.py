@@ -47,10 +47,8 @@ class CPUFlash:
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of query, key and value."""
-        grads: tuple[Tensor, Tensor, Tensor] = (
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad_out, query, key, value, out, lse, 0.0, is_causal, scale=scale
-            )
+        grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, query, key, value, out, lse, 0.0, is_causal, scale=scale
         )
         return grads
 
@@ -59,7 +57,10 @@ class CPUFlash:
 def _fault(dtype: torch.dtype) -> str | None:
     """Try the private operator once a dtype, on strided input and with a merged lse, against the math kernel."""
     aten = torch.ops.aten
-    for name in ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"):
+    for name in (
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+    ):
         if not hasattr(aten, name):
             return f"this torch ({torch.__version__}) has no aten::{name}"
     values = torch.linspace(-1, 1, 4 * 5 * 2 * 8, dtype=torch.float64).sin().to(dtype).view(1, 4, 5, 2, 8)
@@ -68,7 +69,11 @@ def _fault(dtype: torch.dtype) -> str | None:
         out, lse = CPUFlash().forward(query, key, value, True, 0.5)
         expected, expected_lse = Math().forward(query, key, value, True, 0.5)
         merged = (grad_out, query, key, value, out, lse + 0.25, True, 0.5)
-        pairs = [(out, expected), (lse, expected_lse), *zip(CPUFlash().backward(*merged), Math().backward(*merged))]
+        pairs = [
+            (out, expected),
+            (lse, expected_lse),
+            *zip(CPUFlash().backward(*merged), Math().backward(*merged), strict=True),
+        ]
     except RuntimeError as error:
         return f"the operator fails here: {error}"
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.05)

@@ -21,9 +21,7 @@ CUDNN_MAX_HEAD_DIM = 128
 AMPERE = (8, 0)
 
 
-def _half_precision_refusal(
-    device: torch.device, dtype: torch.dtype, head_dim: int, max_head_dim: int
-) -> str | None:
+def _half_precision_refusal(device: torch.device, dtype: torch.dtype, head_dim: int, max_head_dim: int) -> str | None:
     """The refusals that flash and cuDNN share."""
     if device.type != "cuda":
         return f"it runs on CUDA, not on {device.type}"
