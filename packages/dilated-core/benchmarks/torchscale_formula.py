@@ -74,7 +74,7 @@ def _branch(query: Tensor, key: Tensor, value: Tensor, segment_length: int, rate
 
 def _to_sparse(tensor: Tensor, segment_length: int, rate: int) -> Tensor:
     """(batch, seq, heads, head_dim) -> (batch * segments, rows, heads, head_dim), each head at its phase."""
-    batch, seq, heads, head_dim = tensor.shape
+    _batch, seq, heads, head_dim = tensor.shape
     tensor = F.pad(tensor, (0, 0, 0, 0, 0, -seq % segment_length)).reshape(-1, segment_length, heads, head_dim)
     if rate == 1:
         return tensor
