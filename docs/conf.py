@@ -16,6 +16,7 @@ exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = project
 
+napoleon_use_ivar = True
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]

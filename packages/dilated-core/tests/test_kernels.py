@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dilated_core import dilated_attention, kernels
 from dilated_core.kernels import cpu_flash, math
@@ -91,3 +94,11 @@ def test_a_wrong_private_operator_is_found_out(monkeypatch: pytest.MonkeyPatch) 
         assert cpu_flash._fault(torch.float32) == "the operator's results differ from the definition"
     finally:
         cpu_flash._fault.cache_clear()
+
+
+@pytest.mark.parametrize("mode", [torch.device("meta"), FakeTensorMode()], ids=["meta", "fake"])
+def test_the_capability_test_is_real_in_every_mode(mode: AbstractContextManager[object]) -> None:
+    """A first use while modules are built on meta or with fake tensors must not leave a false refusal behind."""
+    cpu_flash._fault.cache_clear()
+    with mode:
+        assert kernels.survey(CPU, torch.float32, 8)["cpu_flash"] is None
