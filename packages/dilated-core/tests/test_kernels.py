@@ -102,3 +102,17 @@ def test_the_capability_test_is_real_in_every_mode(mode: AbstractContextManager[
     cpu_flash._fault.cache_clear()
     with mode:
         assert kernels.survey(CPU, torch.float32, 8)["cpu_flash"] is None
+
+
+@pytest.mark.parametrize("name", ["cuda_flash", "cuda_cudnn", "cuda_efficient"])
+def test_cuda_kernels_call_their_operators_as_declared(name: str) -> None:
+    """On meta tensors the operators check their arguments and shapes; what they compute is for `nox -s gpu`."""
+    (kernel,) = (kernel for kernel in kernels.table() if kernel.name == name)
+    shape = (2, 37, 3, 64)
+    query, key, value, grad = (
+        torch.empty(shape, dtype=torch.bfloat16, device="meta").transpose(1, 2) for _ in range(4)
+    )
+    out, lse = kernel.forward(query, key, value, True, 0.2)
+    grads = kernel.backward(grad, query, key, value, out, lse.contiguous(), True, 0.2)
+    assert lse.shape == query.shape[:3]
+    assert all(tensor.shape == query.shape for tensor in (out, *grads))
