@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -15,6 +16,11 @@ def test_interleaved_takes_turns() -> None:
     times = measure.interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, repeats=2, warmup=1)
     assert order == ["a", "b"] * 3
     assert all(len(timing.seconds) == 2 for timing in times.values())
+
+
+def test_a_slow_candidate_sits_out_once_it_has_taken_enough() -> None:
+    times = measure.interleaved({"a": lambda: None, "b": lambda: time.sleep(0.01)}, repeats=4, enough=0.015)
+    assert [len(times[name].seconds) for name in "ab"] == [4, 2]
 
 
 def test_timing() -> None:

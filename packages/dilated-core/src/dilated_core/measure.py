@@ -5,6 +5,7 @@ A figure is a ratio of medians taken in turns in one run, so that a machine that
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import statistics
@@ -46,12 +47,15 @@ class Timing:
         return (high - low) / self.median
 
 
-def interleaved(candidates: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1) -> dict[str, Timing]:
+def interleaved(
+    candidates: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1, enough: float = math.inf
+) -> dict[str, Timing]:
     """Time the candidates in turns: all once, then all again.
 
     Args:
         candidates: name -> what to run. CUDA work is waited for.
         repeats: timed rounds; warmup: rounds before them that are not counted.
+        enough: seconds after which a candidate's timed runs are enough, and it sits out the remaining rounds.
 
     Returns:
         name -> Timing.
@@ -62,6 +66,8 @@ def interleaved(candidates: Mapping[str, Callable[[], object]], *, repeats: int,
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for round_ in range(warmup + repeats):
         for name, run in candidates.items():
+            if sum(seconds[name]) >= enough:
+                continue
             _wait()
             start = time.perf_counter()
             run()
