@@ -174,9 +174,10 @@ def report(rows: list[dict[str, object]], environment: dict[str, object]) -> str
         f"Batch {BATCH}, {HEADS} heads of {HEAD_DIM}, not causal, segments {list(PATTERN.segment_lengths)}, "
         f"rates {list(PATTERN.dilation_rates)}.\n\n"
         "Each row was checked against the float64 oracle in the same run before it was timed. Times are medians of "
-        "interleaved repeats (fewer where one run takes over ten seconds), the spread is the interquartile range over the median. *Rate to dense's* is FLOP/s of "
-        "ours over FLOP/s of dense SDPA. *Extra memory* is the peak beyond inputs and results, in units of the "
-        "output; for forward+backward the results are the output and three gradients.\n\n" + table(rows) + "\n"
+        "interleaved repeats (fewer where one run takes over ten seconds), the spread is the interquartile range over "
+        "the median. *Rate to dense's* is FLOP/s of ours over FLOP/s of dense SDPA. *Extra memory* is the peak beyond "
+        "inputs and results, in units of the output; for forward+backward the results are the output and three "
+        "gradients.\n\n" + table(rows) + "\n"
     )
 
 
