@@ -1,0 +1,160 @@
+"""The two creators: check what was asked, decide, build, and leave the decision on the module.
+
+The module returned is the type's own, with one plain attribute added: it costs nothing at a call and nothing
+to trace. Imports torch and dilated_core.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import nn
+
+from dilated_core import DilatedPattern
+from dilated_factory.decision import Decision
+from dilated_factory.hardware import Hardware
+from dilated_factory.policy import Policy
+from dilated_factory.request import Request, make_pattern, positive
+
+logger = logging.getLogger("dilated_factory")
+
+
+class DecidedModule(nn.Module):
+    """What type checkers see of a created module: an nn.Module with a `decision`.
+
+    At run time the module is of the attention type's own class; this one is never instantiated.
+    """
+
+    decision: Decision
+
+
+def create_dilated_attention(
+    attention_type: str = "auto",
+    segment_lengths: Sequence[int] | None = None,
+    dilation_rates: Sequence[int] | None = None,
+    *,
+    sequence_length: int | None = None,
+    enable_memory_pool: bool | None = None,
+    lightweight_pool: bool | None = None,
+    enable_pattern_cache: bool | None = None,
+    allow_sparse: bool = False,
+    policy: Policy | None = None,
+    hardware: Hardware | None = None,
+    **options: Any,
+) -> DecidedModule:
+    """Create a dilated attention: a module of (query, key, value), each (batch, seq, heads, head_dim).
+
+    Args:
+        attention_type: "standard" (plain composition of torch operations), "improved" (the fused path),
+            "auto" (the policy chooses), or any type that an installed distribution registers.
+        segment_lengths, dilation_rates: one entry a branch; both None for the paper's pattern.
+        sequence_length: expected tokens a call, for the policy; it limits nothing. Where it is None the
+            policy knows no length: it is never guessed from the segments.
+        enable_memory_pool, lightweight_pool, enable_pattern_cache: the caller's word, which wins over the
+            policy; None leaves it to the policy, whose wish is then recorded in the decision.
+        allow_sparse: whether "auto" may choose an approximation. Other types do not read it.
+        policy: thresholds; None for the defaults.
+        hardware: what to decide for; None to look at this machine.
+        options: of the type (is_causal=, softmax_scale=, attention_dropout=, semantics=, kernel=, ...).
+
+    Returns:
+        The module, of the type's own class, with the `Decision` at `module.decision`.
+
+    Raises:
+        TypeError: an argument of the wrong type, or an option the type does not have; the message lists those
+        it has.
+        ValueError: an unknown type, or sizes that do not fit.
+        NotInstalledError: a known type or a pool or cache asked for that cannot be provided here.
+
+    >>> import torch
+    >>> attention = create_dilated_attention("auto", [4, 8], [1, 2], sequence_length=8)
+    >>> attention(*torch.zeros(3, 1, 8, 2, 4)).shape
+    torch.Size([1, 8, 2, 4])
+    >>> attention.decision.attention_type, attention.decision.pool_mode
+    ('improved', 'off')
+    """
+    pattern = make_pattern(segment_lengths, dilation_rates)
+    request = Request(
+        attention_type,
+        sequence_length,
+        enable_memory_pool,
+        lightweight_pool,
+        enable_pattern_cache,
+        allow_sparse,
+        policy,
+        hardware,
+        options,
+    )
+    return _build(request, "attention", pattern)
+
+
+def create_multihead_dilated_attention(
+    attention_type: str = "auto",
+    embed_dim: int | None = None,
+    num_heads: int | None = None,
+    segment_lengths: Sequence[int] | None = None,
+    dilation_rates: Sequence[int] | None = None,
+    *,
+    sequence_length: int | None = None,
+    enable_memory_pool: bool | None = None,
+    lightweight_pool: bool | None = None,
+    enable_pattern_cache: bool | None = None,
+    allow_sparse: bool = False,
+    policy: Policy | None = None,
+    hardware: Hardware | None = None,
+    **options: Any,
+) -> DecidedModule:
+    """Create a multi-head dilated attention, called as nn.MultiheadAttention with batch_first.
+
+    Query, key and value are (batch, seq, embed_dim); the call returns (output of that shape, None).
+
+    Args:
+        embed_dim, num_heads: required; embed_dim is a multiple of num_heads.
+        options: of the type (dropout=, bias=, layer_norm=, kv_heads=, is_causal=, kernel=, device=, dtype=,
+        ...).
+
+    The other arguments, the return and what is raised are those of `create_dilated_attention`.
+
+    >>> import torch
+    >>> attention = create_multihead_dilated_attention("improved", 16, 4, [4, 8], [1, 2], kernel="math")
+    >>> x = torch.zeros(2, 8, 16)
+    >>> output, weights = attention(x, x, x)
+    >>> output.shape, weights, attention.decision.kernel
+    (torch.Size([2, 8, 16]), None, 'math')
+    """
+    if embed_dim is None or num_heads is None:
+        missing = "embed_dim" if embed_dim is None else "num_heads"
+        raise TypeError(f"{missing}: expected a positive int, got None (e.g. embed_dim=512, num_heads=8)")
+    embed_dim, num_heads = positive("embed_dim", embed_dim), positive("num_heads", num_heads)
+    if embed_dim % num_heads:
+        raise ValueError(f"embed_dim: expected a multiple of num_heads = {num_heads}, got {embed_dim}")
+    pattern = make_pattern(segment_lengths, dilation_rates)
+    request = Request(
+        attention_type,
+        sequence_length,
+        enable_memory_pool,
+        lightweight_pool,
+        enable_pattern_cache,
+        allow_sparse,
+        policy,
+        hardware,
+        options,
+    )
+    return _build(request, "multihead", pattern, embed_dim=embed_dim, num_heads=num_heads)
+
+
+def _build(request: Request, form: str, pattern: DilatedPattern, **sizes: int) -> DecidedModule:
+    decision, builder = request.decide(form, **sizes)
+    module = builder(
+        segment_lengths=pattern.segment_lengths,
+        dilation_rates=pattern.dilation_rates,
+        **sizes,
+        **request.options,
+    )
+    decided = cast(DecidedModule, module)
+    decided.decision = decision
+    logger.info("%s", decision.summary())
+    logger.debug("%s", decision)
+    return decided

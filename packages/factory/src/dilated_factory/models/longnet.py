@@ -1,0 +1,137 @@
+"""LongNet: a stack of dilated layers over embeddings (arXiv 2307.02486 on MAGNETO, arXiv 2210.06423).
+
+`DilatedStack` is what encoder and language model share: the layers, one positions module between them, the final norm,
+activation checkpointing. May import torch, dilated_core and this package's create.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dilated_factory.models.initialisation import magneto_gain
+from dilated_factory.models.layers import (
+    DilatedTransformerEncoderLayer,
+    check_hidden,
+)
+from dilated_factory.models.positions import create_positions
+
+__all__ = ["DilatedStack", "LongNet"]
+
+
+class DilatedStack(nn.Module):
+    """`num_layers` layers of one class, MAGNETO-initialised, and a LayerNorm at the end; see LongNet for the arguments.
+
+    State dict: layers.{i}.* as the layer documents, layer_norm.{weight,bias}. Positions hold nothing.
+    """
+
+    layer_class: ClassVar[type[DilatedTransformerEncoderLayer]]
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_layers: int,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        *,
+        positions: str,
+        xpos_scale_base: float | None = None,
+        drop_path: float = 0.0,
+        layer_norm_eps: float = 1e-5,
+        checkpoint_activations: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **layer_options: Any,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+            raise ValueError(f"num_heads: expected a positive divisor of embed_dim={embed_dim}, got {num_heads} heads")
+        gain = magneto_gain(num_layers)
+        rotary = create_positions(positions, embed_dim // num_heads, scale_base=xpos_scale_base)
+        self.embed_dim = embed_dim
+        self.checkpoint_activations = checkpoint_activations
+        self.layers = nn.ModuleList(
+            self.layer_class(
+                embed_dim,
+                num_heads,
+                segment_lengths,
+                dilation_rates,
+                # Deeper layers are skipped more often, the first never: the linear rule of stochastic depth.
+                drop_path=drop_path * depth / max(num_layers - 1, 1),
+                layer_norm_eps=layer_norm_eps,
+                gamma_init=gain,
+                rotary=rotary,
+                device=device,
+                dtype=dtype,
+                **layer_options,
+            )
+            for depth in range(num_layers)
+        )
+        self.layer_norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps, device=device, dtype=dtype)
+
+    def run_layers(self, hidden: Tensor) -> Tensor:
+        """Hidden states (batch, seq, embed_dim) through every layer and the final norm."""
+        recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
+        for layer in self.layers:
+            hidden = checkpoint(layer, hidden, use_reentrant=False) if recompute else layer(hidden)
+        normalised: Tensor = self.layer_norm(hidden)
+        return normalised
+
+
+class LongNet(DilatedStack):
+    """Encoder: embeddings in, hidden states out, every row seeing both ways through the dilated pattern.
+
+    Args:
+        embed_dim: channels of the residual stream.
+        num_heads: query heads, a divisor of embed_dim.
+        num_layers: depth; sets MAGNETO's gain sqrt(log(2 N)) too.
+        segment_lengths, dilation_rates: the pattern, one pair a branch, in tokens.
+        positions: "rotary" or "none" (where the embeddings carry their own, as Prov-GigaPath's do). XPOS is for causal
+            models and is refused.
+        drop_path: stochastic depth of the last layer, from 0 at the first, linearly.
+        layer_norm_eps: epsilon of every norm.
+        checkpoint_activations: recompute each layer in the backward pass instead of keeping its activations.
+        device, dtype: of the parameters.
+        layer_options: any further keyword of DilatedTransformerEncoderLayer (ffn_dim=, dropout=, kernel=, ...).
+
+    State dict: layers.{i}.* (see DilatedTransformerEncoderLayer), layer_norm.{weight,bias}: a torchscale
+    LongNetEncoder's, without its token table.
+
+    Raises:
+        TypeError, ValueError: an argument is out of its range, named.
+
+    >>> encoder = LongNet(32, 4, 2, [8, 16], [1, 2])
+    >>> encoder(torch.zeros(1, 40, 32)).shape
+    torch.Size([1, 40, 32])
+    """
+
+    layer_class = DilatedTransformerEncoderLayer
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_layers: int,
+        segment_lengths: Sequence[int],
+        dilation_rates: Sequence[int],
+        *,
+        positions: str = "none",
+        **options: Any,
+    ) -> None:
+        super().__init__(
+            embed_dim, num_heads, num_layers, segment_lengths, dilation_rates, positions=positions, **options
+        )
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """Embeddings (batch, seq, embed_dim) to hidden states of the same shape and dtype.
+
+        Raises:
+            TypeError, ValueError: embeddings is not floating or not of that shape.
+        """
+        check_hidden(embeddings, self.embed_dim)
+        return self.run_layers(embeddings)
