@@ -7,11 +7,8 @@ causal, at the same sizes. May import torch and dilated_core.
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +25,6 @@ CHECKED_ROWS = 32
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
 """Largest error allowed, over the largest magnitude of the exact rows: a few units of each dtype's rounding."""
 
-STANDARD_ERROR = 2
 
 MAX_REPEATS = 9
 MIN_REPEATS = 3
@@ -147,8 +143,7 @@ def compare(
         peaks = {}
         started = time.perf_counter()
         for name, run in candidates.items():
-            with _quiet_standard_error():
-                peaks[name] = measure.peak_memory(run, device)
+            peaks[name] = measure.peak_memory(run, device)
         previous_length, previous_round = length, time.perf_counter() - started
 
         on_size(length, "timing")
@@ -163,20 +158,6 @@ def compare(
             for name, timing in timings.items()
         }
         yield SizeResult(length, checks, measurements, "")
-
-
-@contextmanager
-def _quiet_standard_error() -> Iterator[None]:
-    """torch 2.13's profiler, which measures memory on a CPU, announces itself there from C++ and would tear the bar."""
-    sys.stderr.flush()
-    kept = os.dup(STANDARD_ERROR)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), STANDARD_ERROR)
-        yield
-    finally:
-        os.dup2(kept, STANDARD_ERROR)
-        os.close(kept)
 
 
 def _repeats(round_seconds: float, lengths: Sequence[int], left: float) -> int:
