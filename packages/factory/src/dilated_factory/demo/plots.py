@@ -95,12 +95,12 @@ def draw_comparison(path: Path, results: Sequence[SizeResult], title: str) -> No
         memory_axes.plot(lengths, mebibytes, color=colour, marker=marker, linewidth=2, label=name)
     for result in measured:
         # On the side of the dilated point that dense is not on.
-        above = result.speedup < 1
+        slower = result.speedup < 1
         time_axes.annotate(
             f"{result.speedup:.1f}×",
             (result.length, 1e3 * result.measurements["dilated"].median),
             textcoords="offset points",
-            xytext=(0, 10 if above else -18),
+            xytext=(0, 10 if slower else -18),
             ha="center",
             color=BLUE,
             fontsize=9,
