@@ -196,7 +196,9 @@ def main() -> None:
     torch.manual_seed(0)
     check_torchscale_formula()
     environment = measure.environment()
-    folder = arguments.output if device.type == "cpu" else arguments.output / "gpu"
+    folder = arguments.output
+    if device.type == "cuda":  # a folder a card: h200, a100-sxm4-80gb
+        folder /= torch.cuda.get_device_name(device).lower().removeprefix("nvidia ").replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
     dtypes = [DTYPES[name] for name in arguments.dtypes]
     if device.type == "cuda":

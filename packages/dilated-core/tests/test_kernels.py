@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dilated_core import dilated_attention, kernels
-from dilated_core.kernels import cpu_flash, math
+from dilated_core.kernels import Problem, cpu_flash, math
 
 CPU = torch.device("cpu")
 
@@ -19,13 +19,15 @@ CPU = torch.device("cpu")
 def test_cpu_kernels_agree_with_float64(dtype: torch.dtype, is_causal: bool) -> None:
     tensors = [tensor.transpose(1, 2) for tensor in torch.randn(4, 2, 130, 3, 16, dtype=torch.float64).to(dtype)]
     exact = math.Math()
+    problem = Problem(*tensors[:3], is_causal, 0.25)
     doubles = [tensor.double() for tensor in tensors]
-    out, lse = exact.forward(*doubles[:3], is_causal, 0.25)
-    grads = exact.backward(doubles[3], *doubles[:3], out, lse, is_causal, 0.25)
+    exact_problem = Problem(*doubles[:3], is_causal, 0.25)
+    out, lse = exact.forward(exact_problem)
+    grads = exact.backward(exact_problem, doubles[3], out, lse)
     for kernel in kernels.table():
         if kernel.refusal(CPU, dtype, 16) is None:
-            ours = kernel.forward(*tensors[:3], is_causal, 0.25)
-            our_grads = kernel.backward(tensors[3], *tensors[:3], *ours, is_causal, 0.25)
+            ours = kernel.forward(problem)
+            our_grads = kernel.backward(problem, tensors[3], *ours)
             eps = torch.finfo(dtype).eps
             for got, expected in zip((*ours, *our_grads), (out, lse, *grads), strict=True):
                 assert (got.double() - expected).abs().max() <= 30 * eps * expected.abs().max(), kernel.name
@@ -33,12 +35,12 @@ def test_cpu_kernels_agree_with_float64(dtype: torch.dtype, is_causal: bool) -> 
 
 def test_math_in_chunks_equals_math_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key, value, grad = torch.randn(4, 2, 3, 50, 8, dtype=torch.float64).unbind()
-    kernel = math.Math()
+    kernel, problem = math.Math(), Problem(query, key, value, is_causal=True, scale=0.3)
     results = []
     for limit in (1 << 24, 700):
         monkeypatch.setattr(math, "SCORES_AT_ONCE", limit)
-        out, lse = kernel.forward(query, key, value, True, 0.3)
-        results.append([out, lse, *kernel.backward(grad, query, key, value, out, lse, True, 0.3)])
+        out, lse = kernel.forward(problem)
+        results.append([out, lse, *kernel.backward(problem, grad, out, lse)])
     for whole, chunked in zip(*results, strict=True):
         torch.testing.assert_close(chunked, whole, rtol=0, atol=1e-13)
 
@@ -88,7 +90,9 @@ def test_a_missing_private_operator_is_a_reason_not_a_crash(monkeypatch: pytest.
 def test_a_wrong_private_operator_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """A torch whose operator scales differently would be caught by the capability test."""
     right = cpu_flash.CPUFlash.forward
-    monkeypatch.setattr(cpu_flash.CPUFlash, "forward", lambda self, q, k, v, c, s: right(self, q, k, v, c, 2 * s))
+    monkeypatch.setattr(
+        cpu_flash.CPUFlash, "forward", lambda self, problem: right(self, problem._replace(scale=2 * problem.scale))
+    )
     cpu_flash._fault.cache_clear()
     try:
         assert cpu_flash._fault(torch.float32) == "the operator's results differ from the definition"
@@ -112,7 +116,8 @@ def test_cuda_kernels_call_their_operators_as_declared(name: str) -> None:
     query, key, value, grad = (
         torch.empty(shape, dtype=torch.bfloat16, device="meta").transpose(1, 2) for _ in range(4)
     )
-    out, lse = kernel.forward(query, key, value, True, 0.2)
-    grads = kernel.backward(grad, query, key, value, out, lse.contiguous(), True, 0.2)
+    problem = Problem(query, key, value, is_causal=True, scale=0.2)
+    out, lse = kernel.forward(problem)
+    grads = kernel.backward(problem, grad, out, lse.contiguous())
     assert lse.shape == query.shape[:3]
     assert all(tensor.shape == query.shape for tensor in (out, *grads))

@@ -66,10 +66,11 @@ HALF_CASES = [
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("options", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("case", HALF_CASES, ids=str)
-def test_half_precision_within_twice_dense(case: Case, dtype: torch.dtype) -> None:
+def test_half_precision_within_twice_dense(case: Case, options: dict[str, object], dtype: torch.dtype) -> None:
     """Half precision errs at most twice as much as dense SDPA in that dtype errs from its own float64 result."""
-    ours, exact = run(case, dtype), oracle(case, dtype)
+    ours, exact = run(case, dtype, **options), oracle(case, dtype)
     *qkv, cotangent = case.tensors(4, dtype)
     dense = _dense(qkv, cotangent, case.is_causal)
     dense_exact = _dense([tensor.double() for tensor in qkv], cotangent.double(), case.is_causal)

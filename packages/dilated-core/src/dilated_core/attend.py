@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
 from dilated_core import checks
-from dilated_core.kernels import choose, tile_backward
+from dilated_core.autograd import make_differentiable
+from dilated_core.kernels import Problem, choose, tile_backward
 from dilated_core.partial import Partial, accumulation_dtype
 
 
@@ -59,6 +59,10 @@ def _rows_last(tensor: Tensor) -> Tensor:
     return (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).transpose(1, 2)
 
 
+def _problem(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Problem:
+    return Problem(_rows_last(query), _rows_last(key), _rows_last(value), is_causal, scale)
+
+
 @custom_op("dilated_core::attend", mutates_args=())
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, kernel: str
@@ -67,7 +71,7 @@ def _attend(
     if query.numel() == 0 or key.numel() == 0:
         out, lse = _attend_results(query)
         return out.zero_(), lse.fill_(-math.inf)
-    out, lse = engine.forward(_rows_last(query), _rows_last(key), _rows_last(value), is_causal, scale)
+    out, lse = engine.forward(_problem(query, key, value, is_causal, scale))
     return out.transpose(1, 2).contiguous(), lse.contiguous()
 
 
@@ -94,8 +98,8 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if query.numel() == 0 or key.numel() == 0:
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    q, k, v, o = (_rows_last(tensor) for tensor in (query, key, value, out))
-    grads = tile_backward(kernel, _rows_last(grad_out), grad_lse, q, k, v, o, lse, is_causal, scale)
+    problem = _problem(query, key, value, is_causal, scale)
+    grads = tile_backward(kernel, problem, _rows_last(grad_out), grad_lse, _rows_last(out), lse)
     grad_query, grad_key, grad_value = (grad.to(query.dtype).transpose(1, 2).contiguous() for grad in grads)
     return grad_query, grad_key, grad_value
 
@@ -109,19 +113,4 @@ def _attend_backward_results(
 _attend_backward.register_fake(_attend_backward_results)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *ctx.options = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, *output)
-
-
-def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, out, lse = ctx.saved_tensors
-    grads: tuple[Tensor | None, ...] = (None, None, None)
-    if grad_out is not None or grad_lse is not None:
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grads = _attend_backward(grad_out, grad_lse, query, key, value, out, lse, *ctx.options)
-    return (*grads, *(None for _ in ctx.options))
-
-
-_attend.register_autograd(_differentiate, setup_context=_save)
+make_differentiable(_attend, _attend_backward)

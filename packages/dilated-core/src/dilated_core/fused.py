@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from dilated_core.kernels import Kernel, choose, tile_backward
+from dilated_core.autograd import make_differentiable
+from dilated_core.kernels import Kernel, Problem, choose, tile_backward
 from dilated_core.partial import accumulation_dtype, merge_in_place
 from dilated_core.plan import Tile, make_tiles
 
@@ -127,7 +127,7 @@ def _forward_heads(
 
     def forward(tile: Tile, batch: slice) -> tuple[Tensor, Tensor]:
         q, k, v = (_gather(tile, tensor[batch]) for tensor in tensors)
-        return engine.forward(q, k, v, is_causal, scale)
+        return engine.forward(Problem(q, k, v, is_causal, scale))
 
     if tiles and _is_whole(tiles[0], query):
         whole = tiles.pop(0)
@@ -194,7 +194,8 @@ def _backward_heads(
 
     def backward(tile: Tile, batch: slice) -> tuple[Tensor, Tensor, Tensor]:
         grad_out, q, k, v, out, lse, *rest = (_gather(tile, tensor[batch]) for tensor in tensors)
-        return tile_backward(kernel, grad_out, rest[0] if rest else None, q, k, v, out, lse, is_causal, scale)
+        problem = Problem(q, k, v, is_causal, scale)
+        return tile_backward(kernel, problem, grad_out, rest[0] if rest else None, out, lse)
 
     if tiles and _is_whole(tiles[0], query):
         whole = tiles.pop(0)
@@ -218,19 +219,4 @@ def _backward_results(
 fused_backward.register_fake(_backward_results)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, *ctx.options = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, value, *output)
-
-
-def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-    query, key, value, out, lse = ctx.saved_tensors
-    grads: tuple[Tensor | None, ...] = (None, None, None)
-    if grad_out is not None or grad_lse is not None:
-        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grads = fused_backward(grad_out, grad_lse, query, key, value, out, lse, *ctx.options)
-    return (*grads, *(None for _ in ctx.options))
-
-
-fused_attention.register_autograd(_differentiate, setup_context=_save)
+make_differentiable(fused_attention, fused_backward)

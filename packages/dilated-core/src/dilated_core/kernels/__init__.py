@@ -5,6 +5,7 @@ nothing above this folder touches a private operator.
 """
 
 from dilated_core.kernels.gradient import tile_backward
+from dilated_core.kernels.problem import Problem
 from dilated_core.kernels.table import Kernel, choose, survey, table
 
-__all__ = ["Kernel", "choose", "survey", "table", "tile_backward"]
+__all__ = ["Kernel", "Problem", "choose", "survey", "table", "tile_backward"]

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dilated_core.kernels.math import Math
+from dilated_core.kernels.problem import Problem
 
 
 class CPUFlash:
@@ -27,27 +28,17 @@ class CPUFlash:
             return f"it runs on the CPU, not on {device.type}"
         return _fault(dtype)
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Return (out, lse) of the tile."""
+        query, key, value, is_causal, scale = problem
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, 0.0, is_causal, scale=scale
         )
         return out, lse
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, problem: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of query, key and value."""
+        query, key, value, is_causal, scale = problem
         grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, query, key, value, out, lse, 0.0, is_causal, scale=scale
         )
@@ -77,10 +68,10 @@ def _difference(dtype: torch.dtype) -> str | None:
     values = torch.linspace(-1, 1, 4 * 5 * 2 * 8, dtype=torch.float64, device="cpu").sin().to(dtype)
     query, key, value, grad_out = values.view(4, 1, 5, 2, 8).transpose(2, 3).unbind(0)
     flash, exact = CPUFlash(), Math()
-    out, lse = flash.forward(query, key, value, True, 0.5)
-    merged = (grad_out, query, key, value, out, lse + 0.25, True, 0.5)
-    results = (out, lse, *flash.backward(*merged))
-    expected = (*exact.forward(query, key, value, True, 0.5), *exact.backward(*merged))
+    problem = Problem(query, key, value, is_causal=True, scale=0.5)
+    out, lse = flash.forward(problem)
+    results = (out, lse, *flash.backward(problem, grad_out, out, lse + 0.25))
+    expected = (*exact.forward(problem), *exact.backward(problem, grad_out, out, lse + 0.25))
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.05)
     for result, wanted in zip(results, expected, strict=True):
         if not torch.allclose(result.double(), wanted.double(), rtol=tolerance, atol=tolerance):

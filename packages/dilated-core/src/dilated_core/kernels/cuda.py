@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dilated_core.kernels.problem import Problem
+
 # The efficient kernels read lse in whole blocks of this many rows (kAlignLSE in their source).
 EFFICIENT_LSE_ALIGNMENT = 32
 # The largest head_dim the flash kernels are built for.
@@ -46,27 +48,17 @@ class CUDAFlash:
         """Why it cannot run here: device, dtype, head_dim or compute capability."""
         return _half_precision_refusal(device, dtype, head_dim, FLASH_MAX_HEAD_DIM)
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Return (out, lse) of the tile."""
+        query, key, value, is_causal, scale = problem
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, is_causal, False, scale=scale
         )
         return out, lse
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, problem: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of query, key and value."""
+        query, key, value, is_causal, scale = problem
         state = torch.empty(2, dtype=torch.uint64, device=query.device)
         grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_backward(
             grad_out, query, key, value, out, lse.contiguous(), None, None, query.shape[2], key.shape[2], 0.0,
@@ -87,27 +79,17 @@ class CUDACuDNN:
             return "cuDNN is not available here"
         return reason
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Return (out, lse) of the tile."""
+        query, key, value, is_causal, scale = problem
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             query, key, value, None, True, 0.0, is_causal, False, scale=scale
         )
         return out, lse.view(query.shape[:-1])
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, problem: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of query, key and value."""
+        query, key, value, is_causal, scale = problem
         state = torch.zeros((), dtype=torch.int64, device=query.device)
         grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             grad_out, query, key, value, out, lse.contiguous().unsqueeze(-1), state, state, None, None, None,
@@ -134,27 +116,17 @@ class CUDAEfficient:
             return f"it takes a head_dim that is a multiple of {alignment} in {dtype}, not {head_dim}"
         return None
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Return (out, lse) of the tile."""
+        query, key, value, is_causal, scale = problem
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             query, key, value, None, True, 0.0, is_causal, scale=scale
         )
         return out, lse[:, :, : query.shape[2]]
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, problem: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of query, key and value."""
+        query, key, value, is_causal, scale = problem
         state = torch.zeros((), dtype=torch.int64, device=query.device)
         # +inf in the padding is what the forward writes there: weight 0.
         lse = F.pad(lse, (0, -lse.shape[-1] % EFFICIENT_LSE_ALIGNMENT), value=float("inf"))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dilated_core.kernels.problem import Problem
 from dilated_core.kernels.table import choose
 
 # Head dimensions must stay multiples of 8 for the CUDA kernels.
@@ -18,45 +19,34 @@ COLUMNS = 8
 
 
 def tile_backward(
-    kernel: str,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    is_causal: bool,
-    scale: float,
+    kernel: str, problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value of one tile, given those of its (merged) out and lse.
 
     Args:
         kernel: a kernel's name, or "auto".
-        grad_out, query, key, value, out: (batch, heads, rows, head_dim), last stride 1; key and value may have
-            another number of rows.
+        problem: the tile.
+        grad_out, out: like its query.
         grad_lse, lse: (batch, heads, rows); grad_lse None where nothing arrives through lse.
 
     Returns:
         Like query, key and value, in their dtype or a more precise one.
     """
-    head_dim = query.shape[-1]
+    device, dtype, head_dim = problem.query.device, problem.query.dtype, problem.query.shape[-1]
     if grad_lse is None:
-        engine = choose(kernel, query.device, query.dtype, head_dim)
-        return engine.backward(grad_out, query, key, value, out, lse, is_causal, scale)
+        return choose(kernel, device, dtype, head_dim).backward(problem, grad_out, out, lse)
 
-    query, key, value = (F.pad(tensor, (0, COLUMNS)) for tensor in (query, key, value))
+    query, key, value = (F.pad(tensor, (0, COLUMNS)) for tensor in problem[:3])
+    wide = problem._replace(query=query, key=key, value=value)
     # In half precision one column holds g rounded and the next what the rounding lost.
-    rounded = grad_lse.to(out.dtype)
-    rest = (grad_lse - rounded).to(out.dtype)
+    rounded = grad_lse.to(dtype)
+    rest = (grad_lse - rounded).to(dtype)
     zeros = out.new_zeros(*out.shape[:-1], COLUMNS - 2)
-    ones = torch.ones_like(zeros[..., :2])
-    grad_out = torch.cat([grad_out, ones, zeros], -1)
+    grad_out = torch.cat([grad_out, torch.ones_like(zeros[..., :2]), zeros], -1)
     out = torch.cat([out, -rounded.unsqueeze(-1), -rest.unsqueeze(-1), zeros], -1)
     try:
-        engine = choose(kernel, query.device, query.dtype, head_dim + COLUMNS)
+        engine = choose(kernel, device, dtype, head_dim + COLUMNS)
     except ValueError:  # the forward's kernel ends below this width; any other gives the same gradient
-        engine = choose("auto", query.device, query.dtype, head_dim + COLUMNS)
-    grads = engine.backward(grad_out, query, key, value, out, lse, is_causal, scale)
-    grad_query, grad_key, grad_value = (grad[..., :head_dim] for grad in grads)
+        engine = choose("auto", device, dtype, head_dim + COLUMNS)
+    grad_query, grad_key, grad_value = (grad[..., :head_dim] for grad in engine.backward(wide, grad_out, out, lse))
     return grad_query, grad_key, grad_value

@@ -11,10 +11,11 @@ from torch import Tensor
 from dilated_core.kernels.cpu_flash import CPUFlash
 from dilated_core.kernels.cuda import CUDACuDNN, CUDAEfficient, CUDAFlash
 from dilated_core.kernels.math import Math
+from dilated_core.kernels.problem import Problem
 
 
 class Kernel(Protocol):
-    """Attends one tile. All tensors are (batch, heads, rows, head_dim), last stride 1, other strides free; no empties.
+    """Attends one tile, whose tensors are (batch, heads, rows, head_dim), see Problem.
 
     ``lse`` is (batch, heads, rows), natural log, float32 (float64 for float64 inputs), -inf where a row has no key.
     """
@@ -26,22 +27,10 @@ class Kernel(Protocol):
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
         """Why this kernel cannot run such tensors here; None where it can."""
 
-    def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Return (out, lse) of the tile."""
 
-    def backward(
-        self,
-        grad_out: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        out: Tensor,
-        lse: Tensor,
-        is_causal: bool,
-        scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, problem: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of query, key and value.
 
         ``out`` and ``lse`` may be those of a larger softmax that this tile was merged into: with P = exp(S - lse) and
