@@ -33,11 +33,11 @@ class AttentionType(Protocol):
 
     @property
     def attention(self) -> Callable[..., nn.Module]:
-        """(segment_lengths, dilation_rates, **options) -> module of (query, key, value), heads apart."""
+        """``(segment_lengths, dilation_rates, **options)`` -> module of (query, key, value), heads apart."""
 
     @property
     def multihead(self) -> Callable[..., nn.Module]:
-        """(embed_dim, num_heads, segment_lengths, dilation_rates, **options) -> module.
+        """``(embed_dim, num_heads, segment_lengths, dilation_rates, **options)`` -> module.
 
         Called as nn.MultiheadAttention with batch_first, it returns (output, None).
         """
