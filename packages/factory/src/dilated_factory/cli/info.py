@@ -88,7 +88,8 @@ def gather() -> Info:
     return Info(
         python=platform.python_version(),
         platform=platform.platform(),
-        versions={name: version(name) for name in DISTRIBUTIONS},
+        # torch's own word names its build too (2.13.0+cu130), which the metadata of a published wheel leaves out.
+        versions={name: version(name) for name in DISTRIBUTIONS} | {"torch": str(torch.__version__)},
         devices=tuple(DeviceInfo(name, Hardware.detect(name), _kernels(torch.device(name))) for name in names),
         attention_types=_types(),
     )
