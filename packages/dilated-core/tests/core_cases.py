@@ -10,8 +10,7 @@ from torch import Tensor
 
 from dilated_core import AuxRequest, dilated_attention, reference
 
-# Largest deviation from the float64 oracle, relative to the oracle's largest magnitude (at least 1 for gradients, so
-# that a gradient that vanishes is compared absolutely).
+# Largest deviation from the float64 oracle, relative to the oracle's largest magnitude.
 FORWARD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 GRADIENT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 
@@ -142,6 +141,8 @@ def assert_close(case: Case, dtype: torch.dtype, results: Results, expected: Res
     """Compare out, dq, dk and dv, each alone and by name."""
     assert results.out.dtype == dtype
     assert deviation(results.out, expected.out) <= FORWARD_TOLERANCE[dtype], f"out of {case}"
+    # dq and dk may vanish (a row with one key has no choice), dv does not: its size says how small counts as nothing.
+    floor = 0.1 * expected.dv.abs().max().item()
     for name in ("dq", "dk", "dv"):
-        difference = deviation(getattr(results, name), getattr(expected, name), floor=1.0)
+        difference = deviation(getattr(results, name), getattr(expected, name), floor=floor)
         assert difference <= GRADIENT_TOLERANCE[dtype], f"{name} of {case}: {difference}"

@@ -145,6 +145,9 @@ MULTIHEAD_FAULTS = {
         "kv_heads: expected a divisor of num_heads = 4, got 3",
     ),
     "dropout": ({"dropout": 0.1}, ValueError, "dropout: .* not in this version, expected 0.0, got 0.1"),
+    "gamma a string": ({"gamma_init": "1"}, TypeError, "gamma_init: expected a positive float"),
+    "gamma negative": ({"gamma_init": -1.0}, ValueError, "gamma_init: expected a positive finite float, got -1.0"),
+    "epsilon zero": ({"layer_norm_eps": 0.0}, ValueError, "layer_norm_eps: expected a positive finite float"),
     "bias not a bool": ({"bias": "no"}, TypeError, "bias: expected a bool"),
     "layer_norm not a bool": ({"layer_norm": None}, TypeError, "layer_norm: expected a bool"),
     "rotary a function": (

@@ -23,6 +23,11 @@ def test_a_slow_candidate_sits_out_once_it_has_taken_enough() -> None:
     assert [len(times[name].seconds) for name in "ab"] == [4, 2]
 
 
+def test_no_repeat_is_an_error() -> None:
+    with pytest.raises(ValueError, match="repeats: expected at least 1, got 0"):
+        measure.interleaved({"a": lambda: None}, repeats=0)
+
+
 def test_timing() -> None:
     timing = measure.Timing((1.0, 2.0, 3.0, 4.0, 5.0))
     assert (timing.median, timing.spread) == (3.0, pytest.approx(2 / 3))

@@ -100,6 +100,7 @@ GOOD = Partial(torch.zeros(2, 3, 4, 8), torch.zeros(2, 4, 3))
 BAD_MERGES = {
     "nothing": ([], ValueError, "partials: expected at least one"),
     "a tuple": ([tuple(GOOD)], TypeError, r"partials\[0\]: expected a Partial, got tuple"),
+    "three dims": ([Partial(GOOD.out[0], GOOD.lse)], ValueError, r"partials\[0\].out: expected 4 dimensions"),
     "lse layout": (
         [Partial(GOOD.out, torch.zeros(2, 3, 4))],
         ValueError,

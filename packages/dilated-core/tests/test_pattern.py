@@ -72,8 +72,13 @@ def test_errors(lengths: object, rates: object, error: type[Exception], message:
         (lambda: DilatedPattern.geometric(4, "2", 2), "n"),
         (lambda: DilatedPattern.gigapath(max_slide_px=256), "max_slide_px"),
         (lambda: DilatedPattern.gigapath(tile_px=0), "tile_px"),
+        (lambda: DilatedPattern([4], [2]).pairs(-1, 2), "seq_len"),
+        (lambda: DilatedPattern([4], [2]).pairs(4, 0), "heads"),
+        (lambda: DilatedPattern([4], [2]).flops(4, 2, 0), "head_dim"),
+        (lambda: DilatedPattern([4], [2]).density(4.0), "seq_len"),
+        (lambda: DilatedPattern([4], [2]).coverage(4, heads=0), "heads"),
     ],
 )
-def test_preset_errors(call: object, name: str) -> None:
+def test_method_errors(call: object, name: str) -> None:
     with pytest.raises((TypeError, ValueError), match=f"{name}: expected"):
         call()  # type: ignore[operator]

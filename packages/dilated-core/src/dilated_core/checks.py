@@ -34,6 +34,20 @@ def positive_integer(name: str, value: object) -> int:
     return number
 
 
+def length(name: str, value: object) -> int:
+    """Return ``value`` as an int of at least 0. Raises TypeError or ValueError."""
+    return 0 if is_integer(value) and value == 0 else positive_integer(name, value)
+
+
+def positive_number(name: str, value: object) -> float:
+    """Return ``value`` as a finite float above 0. Raises TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a positive float, got {value!r} of type {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a positive finite float, got {value}")
+    return float(value)
+
+
 def boolean(name: str, value: object) -> bool:
     """Return ``value`` if it is a bool. Raises TypeError."""
     if not isinstance(value, bool):

@@ -61,9 +61,14 @@ def interleaved(
     Returns:
         name -> Timing.
 
+    Raises:
+        ValueError: repeats is below 1.
+
     >>> sorted(interleaved({"a": lambda: 1, "b": lambda: 2}, repeats=3))
     ['a', 'b']
     """
+    if repeats < 1:
+        raise ValueError(f"repeats: expected at least 1, got {repeats}")
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for round_ in range(warmup + repeats):
         for name, run in candidates.items():

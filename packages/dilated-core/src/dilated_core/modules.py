@@ -153,7 +153,8 @@ class MultiheadDilatedAttention(nn.Module):
         if rotary is not None and not isinstance(rotary, nn.Module):
             raise TypeError(f"rotary: expected an nn.Module or None, got {type(rotary).__name__}")
         self.head_dim = embed_dim // num_heads
-        self.gamma_init = float(gamma_init)
+        self.gamma_init = checks.positive_number("gamma_init", gamma_init)
+        checks.positive_number("layer_norm_eps", layer_norm_eps)
         self.attention = DilatedAttention(
             segment_lengths,
             dilation_rates,

@@ -93,6 +93,11 @@ def _check(partials: tuple[Partial, ...]) -> None:
     for index, partial in enumerate(partials):
         if not isinstance(partial, Partial):
             raise TypeError(f"partials[{index}]: expected a Partial, got {type(partial).__name__}")
+        if partial.out.ndim != 4:
+            raise ValueError(
+                f"partials[{index}].out: expected 4 dimensions (batch, seq, heads, head_dim), "
+                f"got shape {tuple(partial.out.shape)}"
+            )
         batch, seq, heads, _ = partial.out.shape
         if partial.lse.shape != (batch, heads, seq):
             raise ValueError(

@@ -97,6 +97,8 @@ class DilatedPattern:
         >>> DilatedPattern([4], [2]).pairs(4, heads=2)
         8
         """
+        checks.length("seq_len", seq_len)
+        checks.positive_integer("heads", heads)
         total = 0
         for tile in make_tiles(self.segment_lengths, self.dilation_rates, seq_len, heads):
             square = tile.rows * (tile.rows + 1) // 2 if is_causal else tile.rows**2
@@ -111,7 +113,7 @@ class DilatedPattern:
         >>> DilatedPattern([4], [1]).flops(4, heads=1, head_dim=8)
         512
         """
-        return 4 * head_dim * self.pairs(seq_len, heads, is_causal=is_causal)
+        return 4 * checks.positive_integer("head_dim", head_dim) * self.pairs(seq_len, heads, is_causal=is_causal)
 
     def density(self, seq_len: int, heads: int | None = None) -> float:
         """Attended pairs over seq_len^2, averaged over heads (None: over one full cycle of head phases).
@@ -119,9 +121,9 @@ class DilatedPattern:
         >>> round(DilatedPattern.longnet().density(32768), 3)  # the paper's pattern costs 13 % of dense at 32k
         0.13
         """
-        if seq_len == 0:
+        if checks.length("seq_len", seq_len) == 0:
             return 0.0
-        heads = math.lcm(*self.dilation_rates) if heads is None else heads
+        heads = self._heads(heads)
         return self.pairs(seq_len, heads) / (heads * seq_len**2)
 
     def coverage(self, seq_len: int, heads: int | None = None) -> float:
@@ -132,9 +134,9 @@ class DilatedPattern:
         >>> DilatedPattern([8], [2]).coverage(8)
         0.5
         """
-        if 1 in self.dilation_rates or seq_len == 0:
+        heads = self._heads(heads)
+        if checks.length("seq_len", seq_len) == 0 or 1 in self.dilation_rates:
             return 1.0
-        heads = math.lcm(*self.dilation_rates) if heads is None else heads
         position = torch.arange(seq_len)
         covered = 0
         for head in range(heads):
@@ -143,3 +145,7 @@ class DilatedPattern:
                 on_grid |= (position % w) % r == head % r
             covered += int(on_grid.sum())
         return covered / (heads * seq_len)
+
+    def _heads(self, heads: int | None) -> int:
+        """The number asked for, or one full cycle of head phases."""
+        return math.lcm(*self.dilation_rates) if heads is None else checks.positive_integer("heads", heads)

@@ -1,8 +1,8 @@
 """Flash attention on the CPU, through PyTorch's own operator. The one file that touches the private CPU operator.
 
-What was found by running it (torch 2.11 to 2.13): it takes strided and overlapping q, k, v without copying; a last
-stride other than 1 is silently wrong; empty inputs crash the process; results lie in memory as (batch, seq, heads,
-head_dim). The callers give it last stride 1 and no empties.
+What was found by running it (torch 2.13; the tests also pass on 2.11): it takes strided and overlapping q, k, v without
+copying; a last stride other than 1 is silently wrong; empty inputs crash the process; results lie in memory as (batch,
+seq, heads, head_dim). The callers give it last stride 1 and no empties.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from dilated_core.kernels.problem import Problem
 EFFICIENT_LSE_ALIGNMENT = 32
 # The largest head_dim the flash kernels are built for.
 FLASH_MAX_HEAD_DIM = 256
-# The largest head_dim that cuDNN takes in the backward on Hopper; on older cards as well.
+# cuDNN is not asked for more than this: a cautious limit, until cards have been measured.
 CUDNN_MAX_HEAD_DIM = 128
 # Compute capability that the half-precision kernels need: Ampere.
 AMPERE = (8, 0)

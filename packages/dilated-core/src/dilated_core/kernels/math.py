@@ -14,7 +14,7 @@ from torch import Tensor
 from dilated_core.kernels.problem import Problem
 from dilated_core.partial import accumulation_dtype
 
-# Scores held at once, in elements: 64 MiB in float32, inside the last-level cache of a server, far below any memory.
+# Scores held at once, in elements: 64 MiB in float32, little beside the tensors that need chunking at all.
 SCORES_AT_ONCE = 1 << 24
 
 
