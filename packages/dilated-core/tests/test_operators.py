@@ -20,9 +20,16 @@ def test_opcheck(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     operators = torch.ops.dilated_core
     leaves = [torch.randn(shape, dtype=dtype, requires_grad=True) for _ in range(3)]
     plain = [leaf.detach() for leaf in leaves]
-    for forward, backward, options in (
-        (operators.dilated_attention, operators.dilated_attention_backward, (*PATTERN, True, 0.3, "auto")),
-        (operators.attend, operators.attend_backward, (True, 0.3, "auto")),
+    real = torch.arange(shape[1]).expand(shape[:2]) % 5 > 0
+    seed = torch.tensor(7)
+    dilated = (operators.dilated_attention, operators.dilated_attention_backward)
+    tile = (operators.attend, operators.attend_backward)
+    for (forward, backward), options in (
+        (dilated, (None, None, None, *PATTERN, "paper", True, 0.3, 0.0, "auto")),
+        (dilated, (real, None, None, [8, 15], [2, 3], "torchscale", False, 0.3, 0.0, "auto")),
+        (dilated, (None, None, seed, *PATTERN, "grouped", False, 0.3, 0.5, "auto")),
+        (tile, (None, None, True, 0.3, 0.0, "auto")),
+        (tile, (real, seed, False, 0.3, 0.5, "auto")),
     ):
         opcheck(forward.default, (*leaves, *options))
         out, lse = forward(*plain, *options)
@@ -80,7 +87,7 @@ def test_double_backward_raises() -> None:
     tensors = [torch.randn(1, 7, 2, 8, requires_grad=True) for _ in range(3)]
     out = dilated_attention(*tensors, *PATTERN)
     (gradient,) = torch.autograd.grad(out, tensors[0], torch.randn_like(out), create_graph=True)
-    with pytest.raises(RuntimeError, match="dilated_attention_backward"):
+    with pytest.raises(RuntimeError, match="second derivatives"):
         gradient.sum().backward()
 
 

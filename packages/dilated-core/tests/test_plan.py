@@ -9,20 +9,51 @@ from core_cases import Case, cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dilated_core.plan import make_tiles
+from dilated_core.plan import SEMANTICS, head_phases, make_tiles
 
 
 @settings(max_examples=150)
-@given(case=cases(), first_head=st.integers(0, 20))
-def test_tiles_hold_each_place_of_each_branch_once(case: Case, first_head: int) -> None:
+@given(
+    case=cases(),
+    semantics=st.sampled_from(SEMANTICS),
+    first=st.integers(0, 8),
+    step=st.integers(1, 4),
+    branch=st.integers(0, 3),
+)
+def test_tiles_hold_each_place_of_each_branch_once(
+    case: Case, semantics: str, first: int, step: int, branch: int
+) -> None:
     """Write every tile's places through its own view, and count them against the definition."""
-    for w, r in zip(case.segment_lengths, case.dilation_rates, strict=True):
-        count = torch.zeros(1, case.seq, case.heads, dtype=torch.int64)
-        for tile in make_tiles((w,), (r,), case.seq, case.heads, first_head):
-            tile.view(count).add_(1)
-        position, head = torch.arange(case.seq)[:, None], torch.arange(case.heads)[None, :]
-        expected = (position % w) % r == (head + first_head) % r
-        assert torch.equal(count[0], expected.long())
+    lengths, rates = case.segment_lengths, case.dilation_rates
+    chosen = range(first % case.heads, case.heads, step)
+    if semantics == "torchscale":
+        lengths = tuple(r * -(-w // r) for w, r in zip(lengths, rates, strict=True))
+    count = torch.zeros(1, case.seq, len(chosen), dtype=torch.int64)
+    for tile in make_tiles(lengths, rates, case.seq, case.heads, semantics=semantics, chosen=chosen):
+        tile.view(count).add_(1)
+    expected = torch.zeros_like(count)
+    for index, (w, r) in enumerate(zip(lengths, rates, strict=True)):
+        for at, head in enumerate(chosen):
+            phase = head_phases(semantics, index, len(rates), r, case.heads)[head]
+            if phase is not None:
+                expected[0, :, at] += (torch.arange(case.seq) % w) % r == phase
+    assert torch.equal(count, expected)
+
+
+def test_head_phases_by_hand() -> None:
+    assert head_phases("paper", 1, 2, 4, 6) == (0, 1, 2, 3, 0, 1)
+    assert head_phases("torchscale", 1, 2, 4, 6) == (0, 0, 1, 1, 2, 2)
+    assert head_phases("grouped", 0, 4, 2, 6) == (0, 0, None, None, None, None)
+    assert head_phases("grouped", 1, 4, 2, 6) == (None, None, 1, 1, None, None)
+    assert head_phases("grouped", 2, 4, 2, 6) == (None, None, None, None, 0, None)
+
+
+def test_torchscale_counts_its_zero_keys() -> None:
+    """11 tokens in segments of 8 at rate 4: padded to 16, so every row meets 2 keys, and the last ones 1 or 2 zeros."""
+    tiles = make_tiles((8,), (4,), seq_len=11, heads=4, semantics="torchscale")
+    assert [(tile.start, tile.rows, tile.phases, tile.phantoms) for tile in tiles] == [(0, 2, 4, 0), (8, 1, 3, 1)]
+    causal = make_tiles((8,), (4,), seq_len=11, heads=4, semantics="torchscale", is_causal=True)
+    assert {tile.phantoms for tile in causal} == {0}
 
 
 @settings(max_examples=60)

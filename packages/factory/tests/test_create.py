@@ -252,7 +252,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("attention", {"scale": 1.0}, TypeError, '^scale: .*did you mean "softmax_scale"'),
     ("attention", {"seq_length": 64}, TypeError, '^seq_length: .*did you mean "sequence_length"'),
     ("multihead", {"heads": 4}, TypeError, '^heads: .*only dropout, bias.*did you mean "num_heads"'),
-    ("multihead", {"xyzzy": 4}, TypeError, "^xyzzy: .*, kernel$"),
+    ("multihead", {"xyzzy": 4}, TypeError, "^xyzzy: .*, kernel, "),
     ("multihead", {"gama_init": 4}, TypeError, 'did you mean "gamma_init"'),
     ("multihead", {"embed_dim": None}, TypeError, "^embed_dim: expected a positive int, got None"),
     ("multihead", {"num_heads": None}, TypeError, "^num_heads: expected a positive int, got None"),

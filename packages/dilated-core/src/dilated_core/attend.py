@@ -10,7 +10,7 @@ from torch.library import custom_op
 
 from dilated_core import checks
 from dilated_core.autograd import make_differentiable
-from dilated_core.kernels import Problem, choose, tile_backward
+from dilated_core.kernels import Dropout, Needs, Problem, choose, tile_backward
 from dilated_core.partial import Partial, accumulation_dtype
 
 
@@ -21,6 +21,9 @@ def attend(
     *,
     is_causal: bool = False,
     scale: float | None = None,
+    key_padding_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
     kernel: str = "auto",
 ) -> Partial:
     """Softmax attention of the query rows over these keys, with the log of its denominator.
@@ -33,10 +36,13 @@ def attend(
         key, value: (batch, kv_seq, heads, head_dim), dtype and device of query.
         is_causal: row i sees keys up to i; needs kv_seq == seq.
         scale: factor on the scores, 1 / sqrt(head_dim) by default.
+        key_padding_mask: (batch, kv_seq), bool, True where the key is real; what padding holds has no influence.
+        dropout_p: probability of a weight to be dropped; lse is that of all weights.
+        generator: on the CPU, of the dropout's seed; the global one by default.
         kernel: a name from ``dilated_core.kernels.table()``, or "auto" for the first that can run.
 
     Returns:
-        Partial: out like query, lse (batch, heads, seq) in float32 (float64 for float64). With kv_seq = 0: 0 and -inf.
+        Partial: out like query, lse (batch, heads, seq) in float32 (float64 for float64). In rows with no key 0, -inf.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -51,7 +57,20 @@ def attend(
     checks.kernel(kernel)
     query, key, value = checks.query_key_value(query, key, value, same_length=is_causal)
     scale = checks.softmax_scale(scale, query.shape[-1])
-    return Partial(*_attend(query, key, value, is_causal, scale, kernel))
+    real = checks.key_padding_mask(key_padding_mask, key)
+    dropout_p = checks.probability("dropout_p", dropout_p)
+    seed = dropout_seed(dropout_p, generator)
+    return Partial(*_attend(query, key, value, real, seed, is_causal, scale, dropout_p, kernel))
+
+
+def dropout_seed(dropout_p: float, generator: torch.Generator | None) -> Tensor | None:
+    """Draw the seed of an attention's dropout, (), int64; None where nothing is dropped.
+
+    A tensor, so that a compiled graph draws it anew at every call.
+    """
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+    return torch.randint(2**62, (), generator=generator, device="cpu") if dropout_p > 0.0 else None
 
 
 def _rows_last(tensor: Tensor) -> Tensor:
@@ -59,28 +78,48 @@ def _rows_last(tensor: Tensor) -> Tensor:
     return (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).transpose(1, 2)
 
 
-def _problem(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Problem:
-    return Problem(_rows_last(query), _rows_last(key), _rows_last(value), is_causal, scale)
+def _problem(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    real: Tensor | None,
+    seed: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+) -> Problem:
+    if real is not None:
+        padding = ~real[:, :, None, None]
+        key, value = key.masked_fill(padding, 0.0), value.masked_fill(padding, 0.0)
+        real = real.unsqueeze(1).expand(-1, key.shape[2], -1)
+    dropout = None if seed is None else Dropout(dropout_p, int(seed))
+    return Problem(_rows_last(query), _rows_last(key), _rows_last(value), is_causal, scale, real, dropout)
 
 
 @custom_op("dilated_core::attend", mutates_args=())
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float, kernel: str
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    real: Tensor | None,
+    seed: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    kernel: str,
 ) -> tuple[Tensor, Tensor]:
-    engine = choose(kernel, query.device, query.dtype, query.shape[-1])
+    engine = choose(kernel, query.device, query.dtype, query.shape[-1], Needs(real is not None, seed is not None))
     if query.numel() == 0 or key.numel() == 0:
         out, lse = _attend_results(query)
         return out.zero_(), lse.fill_(-math.inf)
-    out, lse = engine.forward(_problem(query, key, value, is_causal, scale))
+    out, lse = engine.forward(_problem(query, key, value, real, seed, is_causal, scale, dropout_p))
     return out.transpose(1, 2).contiguous(), lse.contiguous()
 
 
+@_attend.register_fake
 def _attend_results(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     batch, seq, heads, _ = query.shape
     return query.new_empty(query.shape), query.new_empty(batch, heads, seq, dtype=accumulation_dtype(query.dtype))
-
-
-_attend.register_fake(_attend_results)
 
 
 @custom_op("dilated_core::attend_backward", mutates_args=())
@@ -92,25 +131,30 @@ def _attend_backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
+    real: Tensor | None,
+    seed: Tensor | None,
     is_causal: bool,
     scale: float,
+    dropout_p: float,
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if query.numel() == 0 or key.numel() == 0:
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    problem = _problem(query, key, value, is_causal, scale)
+    problem = _problem(query, key, value, real, seed, is_causal, scale, dropout_p)
+    if real is not None:  # a row with no key: weights 0, and nothing arrives through its lse
+        no_key = lse == -math.inf
+        lse = lse.masked_fill(no_key, math.inf)
+        grad_lse = None if grad_lse is None else grad_lse.masked_fill(no_key, 0.0)
     grads = tile_backward(kernel, problem, _rows_last(grad_out), grad_lse, _rows_last(out), lse)
     grad_query, grad_key, grad_value = (grad.to(query.dtype).transpose(1, 2).contiguous() for grad in grads)
     return grad_query, grad_key, grad_value
 
 
+@_attend_backward.register_fake
 def _attend_backward_results(
     grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: object
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-_attend_backward.register_fake(_attend_backward_results)
 
 
 make_differentiable(_attend, _attend_backward)

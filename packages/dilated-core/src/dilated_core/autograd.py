@@ -22,16 +22,23 @@ def make_differentiable(forward: CustomOpDef, backward: Callable[..., tuple[Tens
     """
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        query, key, value, *ctx.options = inputs
+        query, key, value, *options = inputs
+        # Options that are tensors are saved like the others, so that a change in place before backward is noticed.
+        tensors = [option for option in options if isinstance(option, Tensor)]
+        ctx.options = [None if isinstance(option, Tensor) else option for option in options]
+        ctx.tensor_at = [at for at, option in enumerate(options) if isinstance(option, Tensor)]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, *output)
+        ctx.save_for_backward(query, key, value, *output, *tensors)
 
     def differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Gradients:
-        query, key, value, out, lse = ctx.saved_tensors
+        query, key, value, out, lse, *tensors = ctx.saved_tensors
+        options = list(ctx.options)
+        for at, tensor in zip(ctx.tensor_at, tensors, strict=True):
+            options[at] = tensor
         grads: Gradients = (None, None, None)
         if grad_out is not None or grad_lse is not None:
             grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-            grads = backward(grad_out, grad_lse, query, key, value, out, lse, *ctx.options)
-        return (*grads, *(None for _ in ctx.options))
+            grads = backward(grad_out, grad_lse, query, key, value, out, lse, *options)
+        return (*grads, *(None for _ in options))
 
     forward.register_autograd(differentiate, setup_context=save)

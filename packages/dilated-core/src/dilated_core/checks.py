@@ -1,7 +1,7 @@
 """Argument checks: every public function calls these before any work starts.
 
 Each check either returns the normalised value or raises, naming the argument, what was expected and what came.
-Imports torch and the kernel table (for its names).
+Imports torch, and from here the names that arguments take.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from dilated_core.kernels import table
+from dilated_core.plan import SEMANTICS
+from dilated_core.resources import NO_RESOURCES, Allocator, PatternStore, Resources
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SEMANTICS = ("paper",)
 
 
 def is_integer(value: object) -> bool:
@@ -45,6 +46,15 @@ def positive_number(name: str, value: object) -> float:
         raise TypeError(f"{name}: expected a positive float, got {value!r} of type {type(value).__name__}")
     if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a positive finite float, got {value}")
+    return float(value)
+
+
+def probability(name: str, value: object) -> float:
+    """Return ``value`` as a float in [0, 1). Raises TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a probability in [0, 1), got {value!r} of type {type(value).__name__}")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"{name}: expected a probability in [0, 1), got {value}")
     return float(value)
 
 
@@ -91,6 +101,11 @@ def branches(segment_lengths: object, dilation_rates: object) -> tuple[tuple[int
                 f"(a segment would keep no second position; were the two lists swapped?)"
             )
     return lengths, rates
+
+
+def semantics(value: object) -> str:
+    """Return the name of one of the three semantics. Raises TypeError or ValueError."""
+    return choice("semantics", value, SEMANTICS)
 
 
 def choice(name: str, value: object, accepted: Sequence[str]) -> str:
@@ -168,3 +183,54 @@ def query_key_value(
         if kv_heads == 0 or heads % kv_heads:
             raise ValueError(f"key: expected kv_heads that divide the {heads} heads of query, got {kv_heads}")
     return query, key, value
+
+
+def key_padding_mask(mask: object, key: Tensor) -> Tensor | None:
+    """Return the mask if it is None or fits ``key``, (batch, kv_seq, ...).
+
+    Raises:
+        TypeError: not a bool tensor.
+        ValueError: another shape or device.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"key_padding_mask: expected a bool tensor, True where the key is real, got {found}")
+    if mask.shape != key.shape[:2]:
+        raise ValueError(
+            f"key_padding_mask: expected shape (batch, seq) = {tuple(key.shape[:2])}, got {tuple(mask.shape)}"
+        )
+    if mask.device != key.device:
+        raise ValueError(f"key_padding_mask: expected the device of key, {key.device}, got {mask.device}")
+    return mask
+
+
+def cu_seqlens(offsets: object, query: Tensor) -> Tensor | None:
+    """Return the offsets of packed sequences if they are None or may fit ``query``; their values are checked later.
+
+    Raises:
+        TypeError: not an int32 or int64 tensor.
+        ValueError: not one-dimensional, or a batch other than 1.
+    """
+    if offsets is None:
+        return None
+    if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int32, torch.int64):
+        found = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
+        raise TypeError(f"cu_seqlens: expected an int32 or int64 tensor of offsets, got {found}")
+    if offsets.ndim != 1 or len(offsets) < 1:
+        raise ValueError(f"cu_seqlens: expected shape (sequences + 1,), got {tuple(offsets.shape)}")
+    if query.shape[0] != 1:
+        raise ValueError(f"cu_seqlens: expected packed sequences in a batch of 1, got a batch of {query.shape[0]}")
+    return offsets
+
+
+def resources(allocator: object, patterns: object) -> Resources:
+    """Return the two as Resources. Raises TypeError where one lacks the method it is to be asked for."""
+    for name, value, protocol, method in (
+        ("allocator", allocator, Allocator, "empty(size, *, dtype, device)"),
+        ("patterns", patterns, PatternStore, "get_or_create(key, create)"),
+    ):
+        if value is not None and not isinstance(value, protocol):
+            raise TypeError(f"{name}: expected an object with {method}, or None, got {type(value).__name__}")
+    return NO_RESOURCES if allocator is None and patterns is None else Resources(allocator, patterns)  # type: ignore[arg-type]

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from dilated_core import checks
+from dilated_core.attend import dropout_seed
 from dilated_core.composed import composed_attention
-from dilated_core.fused import fused_attention
+from dilated_core.fused import Extras, Options
+from dilated_core.operators import fused_attention
+from dilated_core.resources import Allocator, PatternStore
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class AuxOutput:
     """What was asked for beside the output; None where it was not.
 
     Attributes:
-        lse: (batch, heads, seq), float32 (float64 for float64), -inf in a row with no key; differentiable.
+        lse: (batch, heads, seq), float32 (float64 for float64), -inf in a row with no key; differentiable. With
+            dropout, that of all weights before any is dropped. With "torchscale", zero keys included.
     """
 
     lse: Tensor | None = None
@@ -46,10 +50,16 @@ def dilated_attention(
     *,
     is_causal: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     enable_gqa: bool = False,
     semantics: str = "paper",
     kernel: str = "auto",
     fused: bool = True,
+    allocator: Allocator | None = None,
+    patterns: PatternStore | None = None,
     return_aux: None = None,
 ) -> Tensor: ...
 
@@ -64,10 +74,16 @@ def dilated_attention(
     *,
     is_causal: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     enable_gqa: bool = False,
     semantics: str = "paper",
     kernel: str = "auto",
     fused: bool = True,
+    allocator: Allocator | None = None,
+    patterns: PatternStore | None = None,
     return_aux: AuxRequest,
 ) -> tuple[Tensor, AuxOutput]: ...
 
@@ -81,10 +97,16 @@ def dilated_attention(
     *,
     is_causal: bool = False,
     scale: float | None = None,
+    dropout_p: float = 0.0,
+    generator: torch.Generator | None = None,
+    key_padding_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     enable_gqa: bool = False,
     semantics: str = "paper",
     kernel: str = "auto",
     fused: bool = True,
+    allocator: Allocator | None = None,
+    patterns: PatternStore | None = None,
     return_aux: AuxRequest | None = None,
 ) -> Tensor | tuple[Tensor, AuxOutput]:
     """LongNet's dilated self-attention (arXiv 2307.02486, eq. 3-15), exact, with exact gradients.
@@ -103,10 +125,26 @@ def dilated_attention(
         dilation_rates: r_i, one a branch, 1 <= r_i <= w_i.
         is_causal: whether a row sees only keys at or before it.
         scale: factor on the scores, 1 / sqrt(head_dim) by default.
-        semantics: "paper", as above.
+        dropout_p: probability in [0, 1) that an attention weight is dropped (the rest divided by 1 - dropout_p); a pair
+            that m branches join is dropped m times, each on its own. Applied whenever it is above 0: pass 0.0 when not
+            training. Only the "math" kernel drops, which forms the scores a chunk at a time.
+        generator: a CPU generator that the dropout's seed is drawn from; the global one by default.
+        key_padding_mask: (batch, seq), bool, True where the key is real (SDPA's sense). Padded keys are never attended
+            and what they hold, even NaN, has no influence; their own rows attend like any other. With is_causal: both.
+        cu_seqlens: (sequences + 1,), int32 or int64: the offsets 0 .. seq of sequences packed into a batch of 1. Each
+            is attended by itself, as if it had been passed alone: segments start afresh. On a GPU, reading it waits
+            for the device.
+        semantics: "paper", as above. "torchscale": what microsoft/torchscale computes, for checkpoints trained with
+            it: head j starts at j // ceil(heads / r_i); the sequence is padded with zero rows to a multiple of
+            min(w_i, seq) and each segment to a multiple of r_i, and (not causal) these zero keys are attended; alpha
+            takes no gradient. "grouped": the heads are split over the branches, those of branch i start at i mod r_i,
+            and the output is divided by the number of branches.
         kernel: a name from ``dilated_core.kernels.table()``, or "auto" for the first that can run.
         fused: False runs the plain composition of torch operations instead of the one fused operator.
         return_aux: ``AuxRequest(lse=True)`` to have the lse too.
+        allocator: where results and scratch are allocated; torch.empty by default.
+        patterns: where plans are kept between calls; planned anew by default. Neither it nor ``allocator`` is used
+            while PyTorch traces (compile, export), nor by ``fused=False``.
 
     Returns:
         Output like query; with ``return_aux``, a pair of it and an AuxOutput.
@@ -122,19 +160,26 @@ def dilated_attention(
     checks.boolean("is_causal", is_causal)
     checks.boolean("enable_gqa", enable_gqa)
     checks.boolean("fused", fused)
-    checks.choice("semantics", semantics, checks.SEMANTICS)
+    checks.semantics(semantics)
+    checks.kernel(kernel)
+    dropout_p = checks.probability("dropout_p", dropout_p)
     if return_aux is not None and not isinstance(return_aux, AuxRequest):
         raise TypeError(f"return_aux: expected an AuxRequest or None, got {type(return_aux).__name__}")
-    checks.kernel(kernel)
     lengths, rates = checks.branches(segment_lengths, dilation_rates)
+    resources = checks.resources(allocator, patterns)
     query, key, value = _autocast(query, key, value)
     query, key, value = checks.query_key_value(query, key, value, same_length=True, enable_gqa=enable_gqa)
+    real = checks.key_padding_mask(key_padding_mask, key)
+    cu_seqlens = checks.cu_seqlens(cu_seqlens, query)
     scale = checks.softmax_scale(scale, query.shape[-1])
-    if key.shape[2] != query.shape[2]:
-        repeats = query.shape[2] // key.shape[2]
-        key, value = key.repeat_interleave(repeats, dim=2), value.repeat_interleave(repeats, dim=2)
-    attention = fused_attention if fused else composed_attention
-    out, lse = attention(query, key, value, lengths, rates, is_causal, scale, kernel)
+    options = Options(lengths, rates, semantics, is_causal, scale, dropout_p, kernel)
+    if fused:
+        extras = Extras(real, cu_seqlens, dropout_seed(dropout_p, generator))
+        out, lse = fused_attention(query, key, value, extras, options, resources)
+    else:
+        out, lse = composed_attention(query, key, value, real, cu_seqlens, options, generator)
+    if semantics == "grouped":
+        out = out / len(rates)
     if return_aux is None:
         return out
     return out, AuxOutput(lse=lse if return_aux.lse else None)

@@ -1,54 +1,138 @@
-"""The fused path: a whole dilated attention as one custom operator, forward and exact backward by one plan.
+"""The fused path: a whole dilated attention in one pass over its plan, and its exact backward by the same plan.
 
 Forward: every tile is a strided view of q, k and v; the kernel attends it; its partial is merged into the result in
 float32. Backward: the same tiles again, each through the kernel's stock backward with the *merged* out and lse, which
 gives the exact gradient of the joint softmax (see ``Kernel.backward``). No scores are kept, no tile knows it was one
-of many.
+of many. How PyTorch comes to call this is told in ``operators``.
 
 Memory beyond the result: tiles are gathered a few segments at a time (a tile the kernel can read in place is not
-gathered at all), and where the result is half precision, its float32 sums exist for half of the heads at a time.
+gathered at all). Where the result is half precision, its float32 sums exist for half of the heads at a time; where
+heads share keys, for one head of each group at a time, so shared keys are never repeated.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
-from dilated_core.autograd import make_differentiable
-from dilated_core.kernels import Kernel, Problem, choose, tile_backward
-from dilated_core.partial import accumulation_dtype, merge_in_place
+from dilated_core.kernels import Dropout, Kernel, Needs, Problem, choose, tile_backward
+from dilated_core.partial import accumulation_dtype, merge_in_place, with_zero_keys
 from dilated_core.plan import Tile, make_tiles
+from dilated_core.resources import NO_RESOURCES, Resources
 
 # Elements gathered of each tensor at a time. On a CPU 4 MiB of float32: long calls that still lie in the shared cache.
 # On a GPU, calls large enough to fill the card.
 GATHER_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
-def _parts(tile: Tile, tensor: Tensor) -> Iterator[tuple[slice, Tile]]:
-    """Cut a tile into (batch rows, some of its segments), each small enough to gather."""
-    batch, head_dim = tensor.shape[0], tensor.shape[-1]
-    budget = GATHER_ELEMENTS.get(tensor.device.type, GATHER_ELEMENTS["cuda"])
-    segment = tile.heads * tile.rows * head_dim
-    segments = min(tile.segments, max(1, budget // segment))
-    rows = min(batch, max(1, budget // (segment * tile.segments)))
-    for row in range(0, batch, rows):
-        for first in range(0, tile.segments, segments):
-            yield slice(row, row + rows), tile.part(first, min(first + segments, tile.segments))
+class Options(NamedTuple):
+    """What is to be computed; checked by whoever made it."""
+
+    segment_lengths: tuple[int, ...]
+    dilation_rates: tuple[int, ...]
+    semantics: str
+    is_causal: bool
+    scale: float
+    dropout_p: float
+    kernel: str
 
 
-def _gather(tile: Tile, tensor: Tensor) -> Tensor:
-    """The tile's rows as the kernels take them, (batch * segments, heads, rows, ...): a view where strides allow."""
-    view = tile.view(tensor)
-    return view.reshape(view.shape[0] * tile.segments, tile.heads, tile.rows, *view.shape[5:])
+class Extras(NamedTuple):
+    """Tensors beside query, key and value.
+
+    Attributes:
+        real: (batch, seq), bool, True where a key is no padding; None for all.
+        cu_seqlens: (sequences + 1,), integers: where packed sequences start and end; None for one.
+        seed: (), int64, of the dropout; None without.
+    """
+
+    real: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    seed: Tensor | None = None
 
 
-def _is_whole(tile: Tile, tensor: Tensor) -> bool:
-    """Does the tile hold every row of every head, readable in place? Then its result is the first sum."""
-    _, seq, heads, _ = tensor.shape
+class Span(NamedTuple):
+    """One sequence to attend, and how: what every part of its plan shares."""
+
+    options: Options
+    resources: Resources
+    heads: int  # query heads, all of them
+    real: Tensor | None
+    seed: int | None
+
+    def tiles(self, seq_len: int, chosen: range) -> list[Tile]:
+        """The plan of the chosen query heads."""
+        lengths, rates, semantics, is_causal, *_ = self.options
+
+        def create() -> list[Tile]:
+            return make_tiles(
+                lengths, rates, seq_len, self.heads, semantics=semantics, is_causal=is_causal, chosen=chosen
+            )
+
+        if self.resources.patterns is None:
+            return create()
+        key = ("dilated_core.tiles", lengths, rates, seq_len, self.heads, semantics, is_causal, chosen)
+        tiles: list[Tile] = self.resources.patterns.get_or_create(key, create)
+        return tiles
+
+    def parts(self, tiles: list[Tile], tensor: Tensor) -> Iterator[tuple[Tile, slice]]:
+        """Cut tiles into (some of the segments, batch rows), each small enough to gather."""
+        batch, head_dim = tensor.shape[0], tensor.shape[-1]
+        budget = GATHER_ELEMENTS.get(tensor.device.type, GATHER_ELEMENTS["cuda"])
+        for tile in tiles:
+            segment = tile.heads * tile.rows * head_dim
+            segments = min(tile.segments, max(1, budget // segment))
+            rows = min(batch, max(1, budget // (segment * tile.segments)))
+            for row in range(0, batch, rows):
+                for first in range(0, tile.segments, segments):
+                    yield tile.part(first, min(first + segments, tile.segments)), slice(row, row + rows)
+
+    def gather(self, tile: Tile, tensor: Tensor) -> Tensor:
+        """The tile's rows for the kernels, (batch * segments, heads, rows, ...): a view where it can be one."""
+        view = tile.view(tensor)
+        batch, segments, groups, phases, *rest = view.shape
+        if not (_joins(view, 0) and _joins(view, 2)):
+            rows = self.resources.empty(view.shape, dtype=view.dtype, device=view.device)
+            view = rows.copy_(view)
+        return view.view(batch * segments, groups * phases, *rest)
+
+    def problem(self, tile: Tile, batch: slice, qkv: list[Tensor], number: int) -> Problem | None:
+        """What the kernel is to attend; None where all keys are padding and nothing stands in for them."""
+        q, k, v = (self.gather(tile, tensor[batch]) for tensor in qkv)
+        options = self.options
+        dropout = None if self.seed is None else Dropout(options.dropout_p, (self.seed + number) % 2**63)
+        real = None
+        if self.real is not None:
+            mask = self.real[batch]
+            real = self.gather(tile, mask.unsqueeze(-1).expand(*mask.shape, qkv[1].shape[2]))
+            if real.device.type == "cpu":  # elsewhere a look at the values would wait for the device
+                if real.all():
+                    real = None
+                elif not real.any() and not tile.phantoms:
+                    return None
+        if real is not None:
+            padding = ~real.unsqueeze(-1)
+            k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
+        return Problem(q, k, v, options.is_causal, options.scale, real, dropout)
+
+
+def _joins(view: Tensor, dim: int) -> bool:
+    """Whether this dimension and the next are one, without copying."""
+    (size, inner), (stride, step) = view.shape[dim : dim + 2], view.stride()[dim : dim + 2]
+    return size == 1 or inner == 1 or stride == inner * step
+
+
+def _starts_whole(tiles: list[Tile], span: Span, query: Tensor) -> bool:
+    """Does the first tile hold every row of every head, readable in place? Then its result is the first sum."""
+    if not tiles or span.real is not None:
+        return False
+    _, seq, heads, _ = query.shape
+    tile = tiles[0]
     return tile.rate == 1 and tile.rows * tile.segments == seq and tile.heads == heads
 
 
@@ -63,98 +147,135 @@ def _last_stride_1(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _over_heads(
-    compute: Callable[[slice], Sequence[Tensor]], query: Tensor, dtypes: tuple[torch.dtype, ...]
-) -> list[Tensor]:
-    """Compute sums (batch, seq, heads, ...) for all heads, and round them to ``dtypes``.
+class HeadBlock(NamedTuple):
+    """Heads whose float32 sums exist at one time: every ``group``-th query head, and the key heads they meet."""
 
-    In half precision one half of the heads at a time, because their float32 sums are twice the size of the result.
+    queries: slice
+    keys: slice
+
+    def chosen(self) -> range:
+        """The query heads' numbers."""
+        return range(self.queries.start, self.queries.stop, self.queries.step)
+
+    def of_qkv(self) -> tuple[slice, slice, slice]:
+        """The heads of query, key and value."""
+        return self.queries, self.keys, self.keys
+
+
+def _head_blocks(query: Tensor, key: Tensor) -> list[HeadBlock]:
+    heads, kv_heads = query.shape[2], key.shape[2]
+    group = heads // kv_heads
+    if group > 1:
+        return [HeadBlock(slice(first, heads, group), slice(0, kv_heads)) for first in range(group)]
+    middle = heads if accumulation_dtype(query.dtype) == query.dtype else (heads + 1) // 2
+    halves = [half for half in (slice(0, middle, 1), slice(middle, heads, 1)) if half.start < half.stop]
+    return [HeadBlock(half, half) for half in halves]
+
+
+def sequence_bounds(cu_seqlens: Tensor, seq_len: int) -> list[tuple[int, int]]:
+    """(start, stop) of every packed sequence that has tokens.
+
+    Raises:
+        ValueError: the offsets do not rise from 0 to ``seq_len``.
     """
-    heads = query.shape[2]
-    if accumulation_dtype(query.dtype) == query.dtype:
-        return list(compute(slice(0, heads)))
-    middle = (heads + 1) // 2
-    halves = [half for half in (slice(0, middle), slice(middle, heads)) if half.start < half.stop]
-    rounded = [[rows.to(dtype) for rows, dtype in zip(compute(half), dtypes, strict=True)] for half in halves]
-    return [torch.cat(parts, dim=2) for parts in zip(*rounded, strict=True)]
+    offsets = cu_seqlens.tolist()
+    bounds = list(pairwise(offsets))
+    if not offsets or offsets[0] != 0 or offsets[-1] != seq_len or any(start > stop for start, stop in bounds):
+        shown = offsets if len(offsets) <= 8 else [*offsets[:4], "...", *offsets[-3:]]
+        raise ValueError(f"cu_seqlens: expected offsets that rise from 0 to the {seq_len} tokens, got {shown}")
+    return [(start, stop) for start, stop in bounds if start < stop]
 
 
-def _tiles(segment_lengths: Sequence[int], dilation_rates: Sequence[int], query: Tensor, heads: slice) -> list[Tile]:
-    """The plan of these heads, rate 1 first: its result, where it is whole, becomes the sum the others join."""
-    tiles = make_tiles(
-        tuple(segment_lengths), tuple(dilation_rates), query.shape[1], heads.stop - heads.start, heads.start
-    )
-    return sorted(tiles, key=lambda tile: tile.rate)
+def _spans(query: Tensor, extras: Extras, options: Options, resources: Resources) -> Iterator[tuple[slice, Span]]:
+    """The positions of every packed sequence, and how to attend it."""
+    _, seq_len, heads, _ = query.shape
+    real, cu_seqlens, seed_tensor = extras
+    bounds = [(0, seq_len)] if cu_seqlens is None else sequence_bounds(cu_seqlens, seq_len)
+    seed = None if seed_tensor is None else int(seed_tensor)
+    for start, stop in bounds:
+        part = real if real is None else real[:, start:stop]
+        # Tiles number their own random numbers from here on; sequences are further apart than they have tiles.
+        yield slice(start, stop), Span(options, resources, heads, part, None if seed is None else seed + (start << 20))
 
 
-@custom_op("dilated_core::dilated_attention", mutates_args=())
-def fused_attention(
+def _attend(engine: Kernel, problem: Problem, phantoms: int) -> tuple[Tensor, Tensor]:
+    """out and lse of one tile, its zero keys included."""
+    out, lse = engine.forward(problem)
+    return with_zero_keys(out, lse, phantoms) if phantoms else (out, lse)
+
+
+# ------------------------------------------------------------------------------------------------ forward
+
+
+def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    is_causal: bool,
-    scale: float,
-    kernel: str,
+    extras: Extras,
+    options: Options,
+    resources: Resources = NO_RESOURCES,
 ) -> tuple[Tensor, Tensor]:
-    """LongNet attention of (batch, seq, heads, head_dim) tensors -> out like query, lse (batch, heads, seq).
+    """Dilated attention of (batch, seq, heads, head_dim) tensors -> out like query, lse (batch, heads, seq).
 
-    Takes its arguments as checked: ``dilated_core.dilated_attention`` is the door.
+    ``key`` and ``value`` may have fewer heads than query. Takes its arguments as checked: ``dilated_attention`` is the
+    door.
+
+    Raises:
+        ValueError: cu_seqlens that do not fit, or "torchscale" with segments it cannot place.
     """
-    engine = choose(kernel, query.device, query.dtype, query.shape[-1])
+    needs = Needs(extras.real is not None, options.dropout_p > 0)
+    engine = choose(options.kernel, query.device, query.dtype, query.shape[-1], needs)
     if query.numel() == 0:
-        return _forward_results(query)
-    tensors = [_last_stride_1(tensor) for tensor in (query, key, value)]
-
-    def forward(heads: slice) -> tuple[Tensor, Tensor]:
-        tiles = _tiles(segment_lengths, dilation_rates, query, heads)
-        return _forward_heads(engine, tiles, [tensor[:, :, heads] for tensor in tensors], is_causal, scale)
-
-    out, lse = _over_heads(forward, query, (query.dtype, accumulation_dtype(query.dtype)))
+        return results_of_forward(query)
+    qkv = [_last_stride_1(tensor) for tensor in (query, key, value)]
+    spans = list(_spans(query, extras, options, resources))
+    blocks = _head_blocks(query, key)
+    dtype = accumulation_dtype(query.dtype)
+    if len(spans) == len(blocks) == 1 and dtype == query.dtype:
+        out, lse = _forward_block(engine, spans[0][1], blocks[0], qkv)
+        return out, lse.transpose(1, 2)
+    out = resources.empty(query.shape, dtype=query.dtype, device=query.device)
+    lse = resources.empty(query.shape[:-1], dtype=dtype, device=query.device)
+    for positions, span in spans:
+        for block in blocks:
+            part = [tensor[:, positions, heads] for tensor, heads in zip(qkv, block.of_qkv(), strict=True)]
+            for result, sums in zip((out, lse), _forward_block(engine, span, block, part), strict=True):
+                result[:, positions, block.queries] = sums
     return out, lse.transpose(1, 2)
 
 
-def _forward_heads(
-    engine: Kernel, tiles: list[Tile], tensors: list[Tensor], is_causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    """out and lse of these heads, (batch, seq, heads, ...), in the accumulation dtype.
-
-    ``tensors``: query, key and value, (batch, seq, heads, head_dim).
-    """
-    query = tensors[0]
+def _forward_block(engine: Kernel, span: Span, block: HeadBlock, qkv: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """out and lse of the block's heads, (batch, seq, heads, ...), in the accumulation dtype."""
+    query = qkv[0]
     dtype = accumulation_dtype(query.dtype)
-
-    def forward(tile: Tile, batch: slice) -> tuple[Tensor, Tensor]:
-        q, k, v = (_gather(tile, tensor[batch]) for tensor in tensors)
-        return engine.forward(Problem(q, k, v, is_causal, scale))
-
-    if tiles and _is_whole(tiles[0], query):
-        whole = tiles.pop(0)
-        out, lse = forward(whole, slice(None))
-        out, lse = _ungather(whole, out).to(dtype), _ungather(whole, lse)
+    tiles = span.tiles(query.shape[1], block.chosen())
+    if _starts_whole(tiles, span, query):
+        whole, *tiles = tiles
+        problem = span.problem(whole, slice(None), qkv, 0)
+        assert problem is not None
+        out, lse = (_ungather(whole, rows).to(dtype) for rows in _attend(engine, problem, whole.phantoms))
     else:
-        out = query.new_zeros(query.shape, dtype=dtype)
-        lse = query.new_full(query.shape[:-1], -math.inf, dtype=dtype)
-    for tile in tiles:
-        for batch, part in _parts(tile, query):
-            new_out, new_lse = forward(part, batch)
-            out_rows, lse_rows = part.view(out[batch]), part.view(lse[batch])
+        out = span.resources.empty(query.shape, dtype=dtype, device=query.device).zero_()
+        lse = span.resources.empty(query.shape[:-1], dtype=dtype, device=query.device).fill_(-math.inf)
+    for number, (tile, batch) in enumerate(span.parts(tiles, query), 1):
+        problem = span.problem(tile, batch, qkv, number)
+        if problem is not None:
+            new_out, new_lse = _attend(engine, problem, tile.phantoms)
+            out_rows, lse_rows = tile.view(out[batch]), tile.view(lse[batch])
             merge_in_place(out_rows, lse_rows, new_out.reshape(out_rows.shape), new_lse.reshape(lse_rows.shape))
     return out, lse
 
 
-def _forward_results(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+def results_of_forward(query: Tensor) -> tuple[Tensor, Tensor]:
     """Tensors shaped like the results. lse lies in memory as (batch, seq, heads), as the CPU kernel writes it."""
     lse = query.new_empty(query.shape[:-1], dtype=accumulation_dtype(query.dtype))
     return query.new_empty(query.shape), lse.transpose(1, 2)
 
 
-fused_attention.register_fake(_forward_results)
+# ------------------------------------------------------------------------------------------------ backward
 
 
-@custom_op("dilated_core::dilated_attention_backward", mutates_args=())
-def fused_backward(
+def backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -162,61 +283,69 @@ def fused_backward(
     value: Tensor,
     out: Tensor,
     lse: Tensor,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    is_causal: bool,
-    scale: float,
-    kernel: str,
+    extras: Extras,
+    options: Options,
+    resources: Resources = NO_RESOURCES,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, given those of out and (or None) of lse, and the forward's results."""
     if query.numel() == 0:
-        return _backward_results(grad_out, grad_lse, query, key, value)
-    tensors = [_last_stride_1(tensor) for tensor in (grad_out, query, key, value, out)]
-    tensors += [tensor.transpose(1, 2) for tensor in (lse, grad_lse) if tensor is not None]
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    no_key = lse == -math.inf
+    # A row with no key has weights 0: exp(score - inf). Nothing arrives through its lse, which is no number.
+    rows = [lse.masked_fill(no_key, math.inf), None if grad_lse is None else grad_lse.masked_fill(no_key, 0.0)]
+    by_query = [_last_stride_1(tensor) for tensor in (query, grad_out, out)]
+    by_query += [tensor.transpose(1, 2) for tensor in rows if tensor is not None]
+    by_key = [_last_stride_1(tensor) for tensor in (key, value)]
+    grads = [resources.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (query, key, value)]
+    for positions, span in _spans(query, extras, options, resources):
+        kv_sums: list[Tensor] = []
+        for block in (blocks := _head_blocks(query, key)):
+            queries = [tensor[:, positions, block.queries] for tensor in by_query]
+            keys = [tensor[:, positions, block.keys] for tensor in by_key]
+            query_sum, *kv_sums = _backward_block(span, block, queries, keys, kv_sums)
+            grads[0][:, positions, block.queries] = query_sum
+            if block is blocks[-1] or block.keys != blocks[-1].keys:  # no other block adds to these
+                for grad, kv_sum in zip(grads[1:], kv_sums, strict=True):
+                    grad[:, positions, block.keys] = kv_sum
+                kv_sums = []
+    return grads[0], grads[1], grads[2]
 
-    def backward(heads: slice) -> list[Tensor]:
-        tiles = _tiles(segment_lengths, dilation_rates, query, heads)
-        return _backward_heads(kernel, tiles, [tensor[:, :, heads] for tensor in tensors], is_causal, scale)
 
-    grad_query, grad_key, grad_value = _over_heads(backward, query, (query.dtype,) * 3)
-    return grad_query, grad_key, grad_value
-
-
-def _backward_heads(
-    kernel: str, tiles: list[Tile], tensors: list[Tensor], is_causal: bool, scale: float
+def _backward_block(
+    span: Span, block: HeadBlock, by_query: list[Tensor], by_key: list[Tensor], kv_sums: list[Tensor]
 ) -> list[Tensor]:
-    """Gradients of query, key and value of these heads, (batch, seq, heads, head_dim), in the accumulation dtype.
+    """Gradients of the block's query, key and value heads, (batch, seq, heads, head_dim), in the accumulation dtype.
 
-    ``tensors``: grad_out, query, key, value, out, lse and, where there is one, grad_lse; (batch, seq, heads, ...).
+    Args:
+        by_query: query, grad_out, out, lse and, where there is one, grad_lse; (batch, seq, heads, ...).
+        by_key: key and value.
+        kv_sums: those of key and value so far, added to and returned; empty for none.
     """
-    query = tensors[1]
+    query = by_query[0]
     dtype = accumulation_dtype(query.dtype)
 
-    def backward(tile: Tile, batch: slice) -> tuple[Tensor, Tensor, Tensor]:
-        grad_out, q, k, v, out, lse, *rest = (_gather(tile, tensor[batch]) for tensor in tensors)
-        problem = Problem(q, k, v, is_causal, scale)
-        return tile_backward(kernel, problem, grad_out, rest[0] if rest else None, out, lse)
+    def gradients(tile: Tile, batch: slice, number: int) -> tuple[Tensor, ...] | None:
+        qkv = [query, *by_key]
+        problem = span.problem(tile, batch, qkv, number)
+        if problem is None:
+            return None
+        grad_out, out, lse, *rest = (span.gather(tile, tensor[batch]) for tensor in by_query[1:])
+        if span.options.semantics == "torchscale":
+            # The weights of the mixture take no gradient: the branch's own out, with its weights in the joint softmax.
+            engine = choose(span.options.kernel, query.device, query.dtype, query.shape[-1], Needs.of(problem))
+            out = _attend(engine, problem, tile.phantoms)[0].to(out.dtype)
+        return tile_backward(span.options.kernel, problem, grad_out, rest[0] if rest else None, out, lse)
 
-    if tiles and _is_whole(tiles[0], query):
-        whole = tiles.pop(0)
-        grads = [_ungather(whole, rows).to(dtype) for rows in backward(whole, slice(None))]
+    tiles = span.tiles(query.shape[1], block.chosen())
+    shapes = [query.shape, *(tensor.shape for tensor in by_key)]
+    if not kv_sums and _starts_whole(tiles, span, query):
+        whole, *tiles = tiles
+        sums = [_ungather(whole, rows).to(dtype) for rows in gradients(whole, slice(None), 0) or ()]
     else:
-        grads = [torch.zeros(query.shape, dtype=dtype, device=query.device) for _ in range(3)]
-    for tile in tiles:
-        for batch, part in _parts(tile, query):
-            for grad, rows in zip(grads, backward(part, batch), strict=True):
-                view = part.view(grad[batch])
-                view.add_(rows.reshape(view.shape))
-    return grads
-
-
-def _backward_results(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-
-
-fused_backward.register_fake(_backward_results)
-
-
-make_differentiable(fused_attention, fused_backward)
+        missing = shapes[: len(shapes) - len(kv_sums)]
+        sums = [span.resources.empty(shape, dtype=dtype, device=query.device).zero_() for shape in missing] + kv_sums
+    for number, (tile, batch) in enumerate(span.parts(tiles, query), 1):
+        for total, rows in zip(sums, gradients(tile, batch, number) or (), strict=False):
+            view = tile.view(total[batch])
+            view.add_(rows.reshape(view.shape))
+    return sums

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dilated_core import checks
 from dilated_core.functional import dilated_attention
 from dilated_core.pattern import DilatedPattern
+from dilated_core.resources import Allocator, PatternStore
 
 
 class DilatedAttention(nn.Module):
@@ -18,8 +19,8 @@ class DilatedAttention(nn.Module):
     Args:
         segment_lengths, dilation_rates: LongNet's branches, see DilatedPattern.
         softmax_scale: factor on the scores, 1 / sqrt(head_dim) by default.
-        attention_dropout: 0.0; dropout on probabilities is not in this version and any other value raises.
-        is_causal, enable_gqa, semantics, kernel, fused: as in ``dilated_attention``.
+        attention_dropout: probability in [0, 1) that a weight is dropped, in training mode only.
+        is_causal, enable_gqa, semantics, kernel, fused, allocator, patterns: as in ``dilated_attention``.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type or value.
@@ -41,24 +42,39 @@ class DilatedAttention(nn.Module):
         semantics: str = "paper",
         kernel: str = "auto",
         fused: bool = True,
+        allocator: Allocator | None = None,
+        patterns: PatternStore | None = None,
     ) -> None:
         super().__init__()
-        _refuse_dropout("attention_dropout", attention_dropout)
+        self.attention_dropout = checks.probability("attention_dropout", attention_dropout)
         self.pattern = DilatedPattern(segment_lengths, dilation_rates)
         checks.softmax_scale(softmax_scale, 1, name="softmax_scale")
         self.softmax_scale = softmax_scale
         self.is_causal = checks.boolean("is_causal", is_causal)
         self.enable_gqa = checks.boolean("enable_gqa", enable_gqa)
-        self.semantics = checks.choice("semantics", semantics, checks.SEMANTICS)
+        self.semantics = checks.semantics(semantics)
         self.kernel = checks.kernel(kernel)
         self.fused = checks.boolean("fused", fused)
+        checks.resources(allocator, patterns)
+        self.allocator, self.patterns = allocator, patterns
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool | None = None) -> Tensor:
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        is_causal: bool | None = None,
+        key_padding_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+    ) -> Tensor:
         """Attend.
 
         Args:
             query: (batch, seq, heads, head_dim); key, value: (batch, seq, kv_heads, head_dim).
             is_causal: overrides the module's own, for this call.
+            key_padding_mask: (batch, seq), bool, True where the key is real.
+            cu_seqlens: (sequences + 1,), offsets of the sequences packed into a batch of 1.
 
         Returns:
             Output like query.
@@ -74,10 +90,15 @@ class DilatedAttention(nn.Module):
             self.pattern.dilation_rates,
             is_causal=self.is_causal if is_causal is None else is_causal,
             scale=self.softmax_scale,
+            dropout_p=self.attention_dropout if self.training else 0.0,
+            key_padding_mask=key_padding_mask,
+            cu_seqlens=cu_seqlens,
             enable_gqa=self.enable_gqa,
             semantics=self.semantics,
             kernel=self.kernel,
             fused=self.fused,
+            allocator=self.allocator,
+            patterns=self.patterns,
         )
 
     def extra_repr(self) -> str:
@@ -85,7 +106,7 @@ class DilatedAttention(nn.Module):
         return (
             f"segment_lengths={list(self.pattern.segment_lengths)}, "
             f"dilation_rates={list(self.pattern.dilation_rates)}, is_causal={self.is_causal}, "
-            f"kernel={self.kernel!r}, fused={self.fused}"
+            f"semantics={self.semantics!r}, kernel={self.kernel!r}, fused={self.fused}"
         )
 
 
@@ -100,7 +121,7 @@ class MultiheadDilatedAttention(nn.Module):
         embed_dim: width of input and output; a multiple of num_heads.
         num_heads: query heads.
         segment_lengths, dilation_rates: LongNet's branches, see DilatedPattern.
-        dropout: 0.0; dropout on probabilities is not in this version and any other value raises.
+        dropout: probability in [0, 1) that an attention weight is dropped, in training mode only.
         bias: whether the projections have biases.
         layer_norm: whether the joined heads are normalised before ``out_proj``.
         layer_norm_eps: its epsilon.
@@ -108,7 +129,7 @@ class MultiheadDilatedAttention(nn.Module):
         kv_heads: key and value heads, a divisor of num_heads; None for num_heads.
         rotary: a module called as ``rotary(query, key) -> (query, key)`` on (batch, seq, heads, head_dim) after the
             projections: rotary or XPOS positions.
-        softmax_scale, is_causal, semantics, kernel, fused: as in DilatedAttention.
+        softmax_scale, is_causal, semantics, kernel, fused, allocator, patterns: as in DilatedAttention.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type or value.
@@ -140,9 +161,10 @@ class MultiheadDilatedAttention(nn.Module):
         semantics: str = "paper",
         kernel: str = "auto",
         fused: bool = True,
+        allocator: Allocator | None = None,
+        patterns: PatternStore | None = None,
     ) -> None:
         super().__init__()
-        _refuse_dropout("dropout", dropout)
         self.embed_dim = checks.positive_integer("embed_dim", embed_dim)
         self.num_heads = checks.positive_integer("num_heads", num_heads)
         self.kv_heads = num_heads if kv_heads is None else checks.positive_integer("kv_heads", kv_heads)
@@ -155,15 +177,19 @@ class MultiheadDilatedAttention(nn.Module):
         self.head_dim = embed_dim // num_heads
         self.gamma_init = checks.positive_number("gamma_init", gamma_init)
         checks.positive_number("layer_norm_eps", layer_norm_eps)
+        checks.probability("dropout", dropout)
         self.attention = DilatedAttention(
             segment_lengths,
             dilation_rates,
             softmax_scale,
+            dropout,
             is_causal=is_causal,
             enable_gqa=self.kv_heads != num_heads,
             semantics=semantics,
             kernel=kernel,
             fused=fused,
+            allocator=allocator,
+            patterns=patterns,
         )
         self.rotary = rotary
         kv_dim = self.kv_heads * self.head_dim
@@ -199,21 +225,27 @@ class MultiheadDilatedAttention(nn.Module):
         query: Tensor,
         key: Tensor | None = None,
         value: Tensor | None = None,
-        key_padding_mask: None = None,
+        key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
         attn_mask: None = None,
         average_attn_weights: bool = True,
         is_causal: bool | None = None,
+        *,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """Attend, in the argument order of ``nn.MultiheadAttention.forward``.
 
         Args:
             query: (batch, seq, embed_dim).
             key, value: the same shape; query itself by default.
-            key_padding_mask, attn_mask: not in this version; anything but None raises.
+            key_padding_mask: (batch, seq), bool, True where the key is *padding*: nn.MultiheadAttention's sense, the
+                opposite of ``dilated_attention``'s.
+            attn_mask: None; a pattern takes no further mask, anything else raises.
             need_weights: False; weights are never formed, True raises.
             average_attn_weights: without effect, as there are no weights; here for the argument order.
             is_causal: overrides the module's own, for this call.
+            cu_seqlens: (sequences + 1,), offsets of the sequences packed into a batch of 1. Not with ``rotary``, whose
+                positions would run on from one sequence into the next.
 
         Returns:
             (output of query's shape, None).
@@ -231,17 +263,22 @@ class MultiheadDilatedAttention(nn.Module):
                     f"{name}: expected shape (batch, seq, embed_dim = {self.embed_dim}), "
                     f"the same for query, key and value, got {tuple(tensor.shape)}"
                 )
-        for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
-            if mask is not None:
-                raise ValueError(f"{name}: masks are not in this version, expected None")
+        if attn_mask is not None:
+            raise ValueError("attn_mask: expected None, a dilated pattern takes no further mask (is_causal is one)")
         if need_weights:
-            raise ValueError("need_weights: attention weights are never formed, expected False")
+            raise ValueError("need_weights: expected False, weights are never formed (see dilated_core.attention_map)")
+        real = checks.key_padding_mask(key_padding_mask, key)
+        if cu_seqlens is not None and self.rotary is not None:
+            raise ValueError("cu_seqlens: expected None where there is a rotary, which numbers positions from 0 to seq")
         q = self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(key).unflatten(-1, (self.kv_heads, self.head_dim))
         v = self.v_proj(value).unflatten(-1, (self.kv_heads, self.head_dim))
         if self.rotary is not None:
             q, k = self.rotary(q, k)
-        joined = self.attention(q, k, v, is_causal=is_causal).flatten(-2)
+        attended = self.attention(
+            q, k, v, is_causal=is_causal, key_padding_mask=None if real is None else ~real, cu_seqlens=cu_seqlens
+        )
+        joined = attended.flatten(-2)
         if self.inner_attn_ln is not None:
             joined = self.inner_attn_ln(joined)
         return self.out_proj(joined), None
@@ -249,10 +286,3 @@ class MultiheadDilatedAttention(nn.Module):
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""
         return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, kv_heads={self.kv_heads}"
-
-
-def _refuse_dropout(name: str, value: object) -> None:
-    if value != 0.0:
-        raise ValueError(
-            f"{name}: dropout on attention probabilities is not in this version, expected 0.0, got {value}"
-        )

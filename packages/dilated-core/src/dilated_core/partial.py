@@ -87,6 +87,19 @@ def merge_in_place(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -
     torch.logaddexp(lse, new_lse, out=lse)
 
 
+def with_zero_keys(out: Tensor, lse: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """out and lse after every row attends ``count`` more keys of score 0 and value 0: they take their share, give none.
+
+    Args:
+        out: (..., rows, head_dim); lse: (..., rows), float32 or float64.
+
+    Returns:
+        out in lse's dtype, and lse.
+    """
+    joint = torch.logaddexp(lse, lse.new_full((), math.log(count)))
+    return out.to(lse.dtype) * torch.exp(lse - joint).unsqueeze(-1), joint
+
+
 def _check(partials: tuple[Partial, ...]) -> None:
     if not partials:
         raise ValueError("partials: expected at least one Partial, got none")

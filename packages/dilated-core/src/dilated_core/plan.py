@@ -1,33 +1,42 @@
 """The plan: which query rows meet which key rows, as ranges and strides. A pure function of sizes, no tensors.
 
-A branch of rate r gives head j every r-th position of each segment, starting at j mod r. Walk along the heads and the
-start moves along by one position a head, until it wraps at r. So a *run* of heads with rising phase is one strided
-view: one step of the head index is one step of the position. A Tile is such a view, over equal segments.
+A branch of rate r gives each head every r-th position of each segment, starting at the head's *phase*. Heads of one
+phase lie a constant step apart, and so do the heads from one phase to the next. A *run* of heads is therefore one
+strided view: one step of the phase is one step of the position. A Tile is such a view, over equal segments.
+
+What the three semantics differ in, as far as rows and keys go, is written here and nowhere else: the phase of a head
+(``head_phases``), and the zero keys that torchscale's padding adds (``Tile.phantoms``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from torch import Tensor
+
+SEMANTICS = ("paper", "torchscale", "grouped")
 
 
 class Tile(NamedTuple):
     """Equal sub-problems of one branch: ``segments`` x ``groups`` x ``phases`` squares of ``rows`` queries and keys.
 
     Row i of segment s, head group g, phase p is position ``start + s * segment_length + p + i * rate`` of head
-    ``first_head + g * rate + p``.
+    ``first_head + g * group_step + p * phase_step``.
     """
 
     start: int  # position of the first row of the first head
     segments: int
     segment_length: int  # positions from one segment to the next
-    rate: int  # positions from one row to the next, heads from one group to the next
+    rate: int  # positions from one row to the next
     rows: int
     first_head: int
-    groups: int
+    groups: int  # heads of one phase
+    group_step: int  # from one of them to the next
     phases: int
+    phase_step: int  # heads from one phase to the next
+    phantoms: int = 0  # zero keys (score 0, value 0) that every row meets beside the real ones
 
     @property
     def heads(self) -> int:
@@ -45,13 +54,79 @@ class Tile(NamedTuple):
         """
         batch, seq, head, *rest = tensor.stride()
         size = (tensor.shape[0], self.segments, self.groups, self.phases, self.rows, *tensor.shape[3:])
-        stride = (batch, self.segment_length * seq, self.rate * head, seq + head, self.rate * seq, *rest)
+        stride = (
+            batch,
+            self.segment_length * seq,
+            self.group_step * head,
+            seq + self.phase_step * head,
+            self.rate * seq,
+            *rest,
+        )
         offset = tensor.storage_offset() + self.start * seq + self.first_head * head
         return tensor.as_strided(size, stride, offset)
 
     def part(self, first: int, last: int) -> Tile:
         """The same tile, segments ``first`` up to ``last`` only."""
         return self._replace(start=self.start + first * self.segment_length, segments=last - first)
+
+
+def head_phases(semantics: str, branch: int, branches: int, rate: int, heads: int) -> tuple[int | None, ...]:
+    """The phase of every head in a branch: where in a segment its grid of rate ``rate`` starts. None: not in it.
+
+    - "paper": head j starts at j mod rate (arXiv 2307.02486, eq. 9).
+    - "torchscale": each block of ceil(heads / rate) heads shares a phase.
+    - "grouped": the heads are split over the branches, the first ones taking one more; all heads of branch i start at
+      i mod rate.
+
+    >>> head_phases("paper", 0, 1, rate=3, heads=5)
+    (0, 1, 2, 0, 1)
+    >>> head_phases("torchscale", 0, 1, rate=3, heads=5)
+    (0, 0, 1, 1, 2)
+    >>> head_phases("grouped", 1, 2, rate=3, heads=5)
+    (None, None, None, 1, 1)
+    """
+    if semantics == "paper":
+        return tuple(head % rate for head in range(heads))
+    if semantics == "torchscale":
+        return tuple(head // -(-heads // rate) for head in range(heads))
+    share, more = divmod(heads, branches)
+    first = branch * share + min(branch, more)
+    last = first + share + (branch < more)
+    return tuple(branch % rate if first <= head < last else None for head in range(heads))
+
+
+class Run(NamedTuple):
+    """Heads ``first_head + g * group_step + p * phase_step``, of phase ``first_phase + p``."""
+
+    first_phase: int
+    phases: int
+    phase_step: int
+    first_head: int
+    groups: int
+    group_step: int
+
+
+@lru_cache(maxsize=1024)
+def _runs(semantics: str, branch: int, branches: int, rate: int, heads: int, chosen: range) -> tuple[Run, ...]:
+    """The chosen heads of a branch, numbered from 0 in the order chosen, as the fewest runs."""
+    phase_of = head_phases(semantics, branch, branches, rate, heads)
+    members: dict[int, list[int]] = {}
+    for index, head in enumerate(chosen):
+        phase = phase_of[head]
+        if phase is not None:
+            members.setdefault(phase, []).append(index)
+    runs: list[Run] = []
+    for phase, group in sorted(members.items()):
+        run = Run(phase, 1, 0, group[0], len(group), group[1] - group[0] if len(group) > 1 else 0)
+        if runs:
+            last = runs[-1]
+            step = run.first_head - last.first_head - (last.phases - 1) * last.phase_step
+            follows = phase == last.first_phase + last.phases and last[4:] == run[4:]
+            if follows and step > 0 and (last.phases == 1 or step == last.phase_step):
+                runs[-1] = last._replace(phases=last.phases + 1, phase_step=step)
+                continue
+        runs.append(run)
+    return tuple(runs)
 
 
 def _segments(segment_length: int, seq_len: int) -> Iterator[tuple[int, int, int]]:
@@ -63,46 +138,50 @@ def _segments(segment_length: int, seq_len: int) -> Iterator[tuple[int, int, int
         yield count * segment_length, 1, tail
 
 
-def _head_runs(rate: int, heads: int, first_head: int) -> Iterator[tuple[int, int, int, int]]:
-    """(first head, groups, phases, first phase): maximal runs of heads whose phase rises by one a head."""
-    lead_phase = first_head % rate
-    lead = min(heads, rate - lead_phase) if lead_phase else 0
-    if lead:
-        yield 0, 1, lead, lead_phase
-    groups, rest = divmod(heads - lead, rate)
-    if groups:
-        yield lead, groups, rate, 0
-    if rest:
-        yield lead + groups * rate, 1, rest, 0
-
-
 def make_tiles(
-    segment_lengths: tuple[int, ...],
-    dilation_rates: tuple[int, ...],
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
     seq_len: int,
     heads: int,
-    first_head: int = 0,
+    *,
+    semantics: str = "paper",
+    is_causal: bool = False,
+    chosen: range | None = None,
 ) -> list[Tile]:
-    """Cut LongNet attention over ``seq_len`` positions and ``heads`` heads into tiles, the branches in order.
+    """Cut dilated attention over ``seq_len`` positions and ``heads`` heads into tiles, rate 1 first.
 
     Args:
         segment_lengths, dilation_rates: the pattern, already checked.
-        seq_len, heads: the sizes of the tensors that the tiles will view.
-        first_head: the global index of the tensors' head 0, where they hold a slice of the heads.
+        seq_len, heads: positions and query heads of the whole attention.
+        semantics: "paper", "torchscale" or "grouped", see ``head_phases``.
+        is_causal: whether rows look back only; torchscale's padding, which comes last, is then never seen.
+        chosen: the heads that the tensors hold, all by default; the tiles number them from 0.
 
-    >>> make_tiles((4,), (2,), seq_len=8, heads=2)  # both heads in one tile: head 1 starts one position later
-    [Tile(start=0, segments=2, segment_length=4, rate=2, rows=2, first_head=0, groups=1, phases=2)]
+    Raises:
+        ValueError: "torchscale" with several segments of a length that its rate does not divide.
+
+    >>> make_tiles((4,), (2,), seq_len=8, heads=2)[0]._asdict()  # both heads in one: head 1 starts a position later
+    {'start': 0, 'segments': 2, 'segment_length': 4, 'rate': 2, 'rows': 2, 'first_head': 0, 'groups': 1,
+     'group_step': 0, 'phases': 2, 'phase_step': 1, 'phantoms': 0}
     """
+    chosen = range(heads) if chosen is None else chosen
+    padded = semantics == "torchscale"
     tiles = []
-    for segment_length, rate in zip(segment_lengths, dilation_rates, strict=True):
+    for branch, (segment_length, rate) in enumerate(zip(segment_lengths, dilation_rates, strict=True)):
+        segment_length = min(segment_length, max(seq_len, 1))
+        if padded:
+            check_torchscale(branch, segment_length, rate, seq_len)
+        full_rows = -(-segment_length // rate) if padded and not is_causal else 0
+        runs = _runs(semantics, branch, len(dilation_rates), rate, heads, chosen)
         for start, segments, length in _segments(segment_length, seq_len):
             # Phases below `length % rate` own one row more than the others.
             short, longer = divmod(length, rate)
             for first_phase, last_phase, rows in ((0, longer, short + 1), (longer, rate, short)):
                 if rows == 0:
                     continue
-                for head, groups, run, run_phase in _head_runs(rate, heads, first_head):
-                    low, high = max(first_phase, run_phase), min(last_phase, run_phase + run)
+                for run in runs:
+                    low = max(first_phase, run.first_phase)
+                    high = min(last_phase, run.first_phase + run.phases)
                     if low < high:
                         tiles.append(
                             Tile(
@@ -111,9 +190,27 @@ def make_tiles(
                                 segment_length=segment_length,
                                 rate=rate,
                                 rows=rows,
-                                first_head=head + low - run_phase,
-                                groups=groups,
+                                first_head=run.first_head + (low - run.first_phase) * run.phase_step,
+                                groups=run.groups,
+                                group_step=run.group_step,
                                 phases=high - low,
+                                phase_step=run.phase_step,
+                                phantoms=max(0, full_rows - rows),
                             )
                         )
-    return tiles
+    return sorted(tiles, key=lambda tile: tile.rate)
+
+
+def check_torchscale(branch: int, segment_length: int, rate: int, seq_len: int) -> None:
+    """Refuse what torchscale itself computes wrongly: it puts such segments back in the wrong places.
+
+    Raises:
+        ValueError: more than one segment, of a length that ``rate`` does not divide.
+    """
+    if segment_length % rate and segment_length < seq_len:
+        raise ValueError(
+            f'segment_lengths[{branch}]: semantics="torchscale" needs a multiple of dilation_rates[{branch}] = {rate} '
+            f"where a sequence has several segments, got {segment_length} for {seq_len} tokens (torchscale pads each "
+            f"segment and puts the results back in the wrong places, which no checkpoint should rely on; use "
+            f'semantics="paper" or another length)'
+        )

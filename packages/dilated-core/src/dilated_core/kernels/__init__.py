@@ -5,7 +5,8 @@ nothing above this folder touches a private operator.
 """
 
 from dilated_core.kernels.gradient import tile_backward
-from dilated_core.kernels.problem import Problem
+from dilated_core.kernels.needs import Needs
+from dilated_core.kernels.problem import Dropout, Problem
 from dilated_core.kernels.table import Kernel, choose, survey, table
 
-__all__ = ["Kernel", "Problem", "choose", "survey", "table", "tile_backward"]
+__all__ = ["Dropout", "Kernel", "Needs", "Problem", "choose", "survey", "table", "tile_backward"]

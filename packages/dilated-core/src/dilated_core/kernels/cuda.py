@@ -7,14 +7,19 @@ that the backward operators demand is a placeholder.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dilated_core.kernels.needs import NO_DROPOUT, Needs
 from dilated_core.kernels.problem import Problem
 
 # The efficient kernels read lse in whole blocks of this many rows (kAlignLSE in their source).
 EFFICIENT_LSE_ALIGNMENT = 32
+# Elements from one row of a bias to the next must be a multiple of this (16 bytes of half precision, with room).
+EFFICIENT_BIAS_ALIGNMENT = 16
 # The largest head_dim the flash kernels are built for.
 FLASH_MAX_HEAD_DIM = 256
 # cuDNN is not asked for more than this: a cautious limit, until cards have been measured.
@@ -23,7 +28,9 @@ CUDNN_MAX_HEAD_DIM = 128
 AMPERE = (8, 0)
 
 
-def _half_precision_refusal(device: torch.device, dtype: torch.dtype, head_dim: int, max_head_dim: int) -> str | None:
+def _half_precision_refusal(
+    device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs, max_head_dim: int
+) -> str | None:
     """The refusals that flash and cuDNN share."""
     if device.type != "cuda":
         return f"it runs on CUDA, not on {device.type}"
@@ -33,6 +40,10 @@ def _half_precision_refusal(device: torch.device, dtype: torch.dtype, head_dim: 
         return f"it takes float16 and bfloat16, not {dtype}"
     if head_dim % 8 or head_dim > max_head_dim:
         return f"it takes a head_dim that is a multiple of 8 up to {max_head_dim}, not {head_dim}"
+    if needs.mask:
+        return "it takes no key padding mask"
+    if needs.dropout:
+        return NO_DROPOUT
     capability = torch.cuda.get_device_capability(device)
     if capability < AMPERE:
         return f"it needs compute capability 8.0, the device has {capability[0]}.{capability[1]}"
@@ -44,13 +55,13 @@ class CUDAFlash:
 
     name = "cuda_flash"
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs) -> str | None:
         """Why it cannot run here: device, dtype, head_dim or compute capability."""
-        return _half_precision_refusal(device, dtype, head_dim, FLASH_MAX_HEAD_DIM)
+        return _half_precision_refusal(device, dtype, head_dim, needs, FLASH_MAX_HEAD_DIM)
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Return (out, lse) of the tile."""
-        query, key, value, is_causal, scale = problem
+        query, key, value, is_causal, scale, *_ = problem
         out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
             query, key, value, 0.0, is_causal, False, scale=scale
         )
@@ -58,7 +69,7 @@ class CUDAFlash:
 
     def backward(self, problem: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of query, key and value."""
-        query, key, value, is_causal, scale = problem
+        query, key, value, is_causal, scale, *_ = problem
         state = torch.empty(2, dtype=torch.uint64, device=query.device)
         grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_backward(
             grad_out, query, key, value, out, lse.contiguous(), None, None, query.shape[2], key.shape[2], 0.0,
@@ -72,16 +83,16 @@ class CUDACuDNN:
 
     name = "cuda_cudnn"
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs) -> str | None:
         """Why it cannot run here: device, dtype, head_dim, compute capability, or cuDNN itself missing."""
-        reason = _half_precision_refusal(device, dtype, head_dim, CUDNN_MAX_HEAD_DIM)
+        reason = _half_precision_refusal(device, dtype, head_dim, needs, CUDNN_MAX_HEAD_DIM)
         if reason is None and not torch.backends.cudnn.is_available():
             return "cuDNN is not available here"
         return reason
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Return (out, lse) of the tile."""
-        query, key, value, is_causal, scale = problem
+        query, key, value, is_causal, scale, *_ = problem
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             query, key, value, None, True, 0.0, is_causal, False, scale=scale
         )
@@ -89,7 +100,7 @@ class CUDACuDNN:
 
     def backward(self, problem: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of query, key and value."""
-        query, key, value, is_causal, scale = problem
+        query, key, value, is_causal, scale, *_ = problem
         state = torch.zeros((), dtype=torch.int64, device=query.device)
         grads: tuple[Tensor, Tensor, Tensor] = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             grad_out, query, key, value, out, lse.contiguous().unsqueeze(-1), state, state, None, None, None,
@@ -103,7 +114,7 @@ class CUDAEfficient:
 
     name = "cuda_efficient"
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs) -> str | None:
         """Why it cannot run here: device, dtype or head_dim."""
         if device.type != "cuda":
             return f"it runs on CUDA, not on {device.type}"
@@ -111,6 +122,8 @@ class CUDAEfficient:
             return "CUDA is not available here"
         if dtype == torch.float64:
             return "it takes float32, float16 and bfloat16, not torch.float64"
+        if needs.dropout:
+            return NO_DROPOUT
         alignment = 4 if dtype == torch.float32 else 8  # rows of 16 bytes
         if head_dim % alignment:
             return f"it takes a head_dim that is a multiple of {alignment} in {dtype}, not {head_dim}"
@@ -118,20 +131,35 @@ class CUDAEfficient:
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Return (out, lse) of the tile."""
-        query, key, value, is_causal, scale = problem
+        query, key, value, is_causal, scale, *_ = problem
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-            query, key, value, None, True, 0.0, is_causal, scale=scale
+            query, key, value, _aligned_bias(problem), True, 0.0, is_causal, scale=scale
         )
-        return out, lse[:, :, : query.shape[2]]
+        lse = lse[:, :, : query.shape[2]]
+        has_key = problem.rows_with_a_key()
+        if has_key is not None:  # whatever the operator gives a row with no key
+            lse = lse.masked_fill(~has_key, -math.inf)
+            out = out.masked_fill(~has_key.unsqueeze(-1), 0.0)
+        return out, lse
 
     def backward(self, problem: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of query, key and value."""
-        query, key, value, is_causal, scale = problem
+        query, key, value, is_causal, scale, *_ = problem
         state = torch.zeros((), dtype=torch.int64, device=query.device)
         # +inf in the padding is what the forward writes there: weight 0.
         lse = F.pad(lse, (0, -lse.shape[-1] % EFFICIENT_LSE_ALIGNMENT), value=float("inf"))
         grad_query, grad_key, grad_value, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-            grad_out, query, key, value, None, out, lse, state, state, 0.0, [True, True, True, False],
+            grad_out, query, key, value, _aligned_bias(problem), out, lse, state, state, 0.0, [True, True, True, False],
             is_causal, scale=scale,
         )  # fmt: skip
         return grad_query, grad_key, grad_value
+
+
+def _aligned_bias(problem: Problem) -> Tensor | None:
+    """The mask as a bias (batch, heads, rows, keys) whose rows start where the efficient kernels can read them."""
+    bias = problem.bias()
+    if bias is None:
+        return None
+    keys = bias.shape[-1]
+    bias = F.pad(bias, (0, -keys % EFFICIENT_BIAS_ALIGNMENT))[..., :keys]
+    return bias.expand(-1, -1, problem.query.shape[2], -1)

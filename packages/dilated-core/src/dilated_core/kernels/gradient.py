@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dilated_core.kernels.needs import Needs
 from dilated_core.kernels.problem import Problem
 from dilated_core.kernels.table import choose
 
@@ -27,14 +28,16 @@ def tile_backward(
         kernel: a kernel's name, or "auto".
         problem: the tile.
         grad_out, out: like its query.
-        grad_lse, lse: (batch, heads, rows); grad_lse None where nothing arrives through lse.
+        grad_lse, lse: (batch, heads, rows); grad_lse None where nothing arrives through lse. lse is +inf in a row with
+            no key, and grad_lse 0.
 
     Returns:
         Like query, key and value, in their dtype or a more precise one.
     """
     device, dtype, head_dim = problem.query.device, problem.query.dtype, problem.query.shape[-1]
+    needs = Needs.of(problem)
     if grad_lse is None:
-        return choose(kernel, device, dtype, head_dim).backward(problem, grad_out, out, lse)
+        return choose(kernel, device, dtype, head_dim, needs).backward(problem, grad_out, out, lse)
 
     query, key, value = (F.pad(tensor, (0, COLUMNS)) for tensor in problem[:3])
     wide = problem._replace(query=query, key=key, value=value)
@@ -45,8 +48,8 @@ def tile_backward(
     grad_out = torch.cat([grad_out, torch.ones_like(zeros[..., :2]), zeros], -1)
     out = torch.cat([out, -rounded.unsqueeze(-1), -rest.unsqueeze(-1), zeros], -1)
     try:
-        engine = choose(kernel, device, dtype, head_dim + COLUMNS)
+        engine = choose(kernel, device, dtype, head_dim + COLUMNS, needs)
     except ValueError:  # the forward's kernel ends below this width; any other gives the same gradient
-        engine = choose("auto", device, dtype, head_dim + COLUMNS)
+        engine = choose("auto", device, dtype, head_dim + COLUMNS, needs)
     grad_query, grad_key, grad_value = (grad[..., :head_dim] for grad in engine.backward(wide, grad_out, out, lse))
     return grad_query, grad_key, grad_value

@@ -1,6 +1,7 @@
 """The portable kernel: two matrix products and a softmax, on any device and in every dtype. The fallback for all.
 
-Query rows are taken in chunks, so the scores held at once stay bounded whatever the length.
+Query rows are taken in chunks, so the scores held at once stay bounded whatever the length. The one kernel that drops
+probabilities: each chunk's random numbers come from the tile's seed, in the same order forward and backward.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dilated_core.kernels.needs import Needs
 from dilated_core.kernels.problem import Problem
 from dilated_core.partial import accumulation_dtype
 
@@ -23,41 +25,62 @@ class Math:
 
     name = "math"
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs) -> str | None:
         """None: it runs everywhere."""
         return None
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Return (out, lse) of the tile."""
-        query, _, value, _, _ = problem
-        dtype = accumulation_dtype(query.dtype)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        lse = torch.empty(query.shape[:-1], dtype=dtype, device=query.device)
-        for rows, keys in _chunks(problem):
-            scores = _scores(problem, rows, keys)
-            lse[:, :, rows] = torch.logsumexp(scores, -1)
-            out[:, :, rows] = (torch.softmax(scores, -1) @ value[:, :, keys].to(dtype)).to(out.dtype)
-        return out, lse
+        with torch.autocast(problem.query.device.type, enabled=False):  # which would round float32 matrix products
+            return _forward(problem)
 
     def backward(self, problem: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of query, key and value, in float32 (float64 for float64 inputs)."""
-        query, key, value, _, scale = problem
-        dtype = accumulation_dtype(query.dtype)
-        grad_query = torch.empty_like(query, dtype=dtype, memory_format=torch.contiguous_format)
-        grad_key = torch.zeros_like(key, dtype=dtype, memory_format=torch.contiguous_format)
-        grad_value = torch.zeros_like(value, dtype=dtype, memory_format=torch.contiguous_format)
-        for rows, keys in _chunks(problem):
-            go = grad_out[:, :, rows].to(dtype)
-            shift = lse[:, :, rows, None]
-            # A row with no key has lse -inf: shifted by 0 instead, its scores (all -inf) still give weight 0.
-            shift = shift.masked_fill(shift == -math.inf, 0.0)
-            weight = torch.exp(_scores(problem, rows, keys) - shift)
-            delta = (go * out[:, :, rows].to(dtype)).sum(-1, keepdim=True)
-            grad_score = weight * (go @ value[:, :, keys].to(dtype).transpose(-1, -2) - delta)
-            grad_query[:, :, rows] = grad_score @ key[:, :, keys].to(dtype) * scale
-            grad_key[:, :, keys] += grad_score.transpose(-1, -2) @ query[:, :, rows].to(dtype) * scale
-            grad_value[:, :, keys] += weight.transpose(-1, -2) @ go
-        return grad_query, grad_key, grad_value
+        with torch.autocast(problem.query.device.type, enabled=False):
+            return _backward(problem, grad_out, out, lse)
+
+
+def _forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    query, value = problem.query, problem.value
+    dtype = accumulation_dtype(query.dtype)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = torch.empty(query.shape[:-1], dtype=dtype, device=query.device)
+    random = _generator(problem)
+    for rows, keys in _chunks(problem):
+        scores = _scores(problem, rows, keys)
+        chunk_lse = torch.logsumexp(scores, -1)
+        weight = torch.softmax(scores, -1)
+        if problem.real is not None:  # the softmax of a row with no key is NaN
+            weight.masked_fill_((chunk_lse == -math.inf).unsqueeze(-1), 0.0)
+        if random is not None:
+            weight *= _kept(problem, random, weight)
+        lse[:, :, rows] = chunk_lse
+        out[:, :, rows] = (weight @ value[:, :, keys].to(dtype)).to(out.dtype)
+    return out, lse
+
+
+def _backward(problem: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value, scale = problem.query, problem.key, problem.value, problem.scale
+    dtype = accumulation_dtype(query.dtype)
+    grad_query = torch.empty_like(query, dtype=dtype, memory_format=torch.contiguous_format)
+    grad_key = torch.zeros_like(key, dtype=dtype, memory_format=torch.contiguous_format)
+    grad_value = torch.zeros_like(value, dtype=dtype, memory_format=torch.contiguous_format)
+    random = _generator(problem)
+    for rows, keys in _chunks(problem):
+        go = grad_out[:, :, rows].to(dtype)
+        weight = torch.exp(_scores(problem, rows, keys) - lse[:, :, rows, None])
+        delta = (go * out[:, :, rows].to(dtype)).sum(-1, keepdim=True)
+        grad_weight = go @ value[:, :, keys].to(dtype).transpose(-1, -2)
+        used = weight
+        if random is not None:
+            kept = _kept(problem, random, weight)
+            grad_weight *= kept
+            used = weight * kept
+        grad_score = weight * (grad_weight - delta)
+        grad_query[:, :, rows] = grad_score @ key[:, :, keys].to(dtype) * scale
+        grad_key[:, :, keys] += grad_score.transpose(-1, -2) @ query[:, :, rows].to(dtype) * scale
+        grad_value[:, :, keys] += used.transpose(-1, -2) @ go
+    return grad_query, grad_key, grad_value
 
 
 def _chunks(problem: Problem) -> Iterator[tuple[slice, slice]]:
@@ -77,4 +100,19 @@ def _scores(problem: Problem, rows: slice, keys: slice) -> Tensor:
     if problem.is_causal:
         row = torch.arange(rows.start, rows.stop, device=query.device)
         scores.masked_fill_(torch.arange(keys.stop, device=query.device) > row[:, None], -math.inf)
+    if problem.real is not None:
+        scores.masked_fill_(~problem.real[:, :, None, keys], -math.inf)
     return scores
+
+
+def _generator(problem: Problem) -> torch.Generator | None:
+    if problem.dropout is None:
+        return None
+    return torch.Generator(problem.query.device).manual_seed(problem.dropout.seed)
+
+
+def _kept(problem: Problem, random: torch.Generator, weight: Tensor) -> Tensor:
+    """Like ``weight``: 0 where a probability is dropped, 1 / (1 - probability) where it is kept."""
+    assert problem.dropout is not None
+    keep = 1.0 - problem.dropout.probability
+    return torch.empty_like(weight).bernoulli_(keep, generator=random).div_(keep)

@@ -11,6 +11,7 @@ from torch import Tensor
 from dilated_core.kernels.cpu_flash import CPUFlash
 from dilated_core.kernels.cuda import CUDACuDNN, CUDAEfficient, CUDAFlash
 from dilated_core.kernels.math import Math
+from dilated_core.kernels.needs import NO_NEEDS, Needs
 from dilated_core.kernels.problem import Problem
 
 
@@ -24,7 +25,7 @@ class Kernel(Protocol):
     def name(self) -> str:
         """The word that ``kernel=`` takes."""
 
-    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs) -> str | None:
         """Why this kernel cannot run such tensors here; None where it can."""
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
@@ -34,7 +35,8 @@ class Kernel(Protocol):
         """Return the gradients of query, key and value.
 
         ``out`` and ``lse`` may be those of a larger softmax that this tile was merged into: with P = exp(S - lse) and
-        D = rowsum(grad_out * out) this is then the exact gradient of the joint softmax (DESIGN section 1).
+        D = rowsum(grad_out * out) this is then the exact gradient of the joint softmax. A row with no key has lse +inf
+        here, which makes its weights 0.
         """
 
 
@@ -47,17 +49,17 @@ def table() -> tuple[Kernel, ...]:
     return _TABLE
 
 
-def survey(device: torch.device, dtype: torch.dtype, head_dim: int) -> dict[str, str | None]:
+def survey(device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs = NO_NEEDS) -> dict[str, str | None]:
     """Say of every kernel, in order of preference, why it cannot run such tensors; None where it can.
 
     >>> survey(torch.device("cpu"), torch.float32, 64)["math"] is None
     True
     """
-    return {kernel.name: kernel.refusal(device, dtype, head_dim) for kernel in _TABLE}
+    return {kernel.name: kernel.refusal(device, dtype, head_dim, needs) for kernel in _TABLE}
 
 
 @lru_cache(maxsize=256)
-def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
+def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs = NO_NEEDS) -> Kernel:
     """Return the kernel called ``name``, or for "auto" the first one that can run such tensors.
 
     Raises:
@@ -68,7 +70,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -
     """
     for kernel in _TABLE:
         if name in ("auto", kernel.name):
-            reason = kernel.refusal(device, dtype, head_dim)
+            reason = kernel.refusal(device, dtype, head_dim, needs)
             if reason is None:
                 return kernel
             if name != "auto":

@@ -96,9 +96,10 @@ def gather() -> Info:
 
 
 def _kernels(device: torch.device) -> tuple[KernelInfo, ...]:
+    surveys = {_word(dtype): kernels.survey(device, dtype, HEAD_DIM) for dtype in DTYPES}
     rows = []
     for kernel in kernels.table():
-        refusals = {_word(dtype): kernel.refusal(device, dtype, HEAD_DIM) for dtype in DTYPES}
+        refusals = {dtype: survey[kernel.name] for dtype, survey in surveys.items()}
         taken = tuple(dtype for dtype, reason in refusals.items() if reason is None)
         rows.append(KernelInfo(kernel.name, taken, {dtype: no for dtype, no in refusals.items() if no}))
     return tuple(rows)
