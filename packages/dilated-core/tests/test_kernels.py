@@ -52,7 +52,7 @@ def test_auto_prefers_flash_and_falls_back() -> None:
 
 def test_survey_gives_a_reason_for_each_refusal() -> None:
     survey = kernels.survey(CPU, torch.float32, 64)
-    assert list(survey) == ["cpu_flash", "cuda_flash", "cuda_cudnn", "cuda_efficient", "math"]
+    assert list(survey) == ["cpu_matmul", "cpu_flash", "cuda_flash", "cuda_cudnn", "cuda_efficient", "math"]
     assert survey["cpu_flash"] is None
     assert survey["math"] is None
     assert survey["cuda_flash"] == "it runs on CUDA, not on cpu"

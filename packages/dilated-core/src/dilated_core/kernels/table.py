@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dilated_core.kernels.cpu_flash import CPUFlash
+from dilated_core.kernels.cpu_matmul import CPUMatmul
 from dilated_core.kernels.cuda import CUDACuDNN, CUDAEfficient, CUDAFlash
 from dilated_core.kernels.math import Math
 from dilated_core.kernels.needs import NO_NEEDS, Needs
@@ -41,7 +42,7 @@ class Kernel(Protocol):
 
 
 # In order of preference: the first that does not refuse is "auto". Flash before cuDNN until both have been measured.
-_TABLE: tuple[Kernel, ...] = (CPUFlash(), CUDAFlash(), CUDACuDNN(), CUDAEfficient(), Math())
+_TABLE: tuple[Kernel, ...] = (CPUMatmul(), CPUFlash(), CUDAFlash(), CUDACuDNN(), CUDAEfficient(), Math())
 
 
 def table() -> tuple[Kernel, ...]:
