@@ -215,7 +215,7 @@ def tests(session: nox.Session, package: Package) -> None:
     import_each = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
     session.run("python", "-I", "-c", import_each, *package.modules)
     install(session, *group("test", package), constraints=constraints)
-    pytest(session, package.folder.name, "-m", "not gpu", str(package.folder / "tests"))
+    pytest(session, package.folder.name, "-m", "not (gpu or fuzz or interop)", str(package.folder / "tests"))
 
 
 @nox.session

@@ -6,31 +6,109 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dilated_core import dilated_attention, kernels
-from dilated_core.kernels import Problem, cpu_flash, math
+from dilated_core.kernels import Problem, cpu_flash, cpu_matmul, math
 
 CPU = torch.device("cpu")
 
 
+def _compare(kernel: kernels.Kernel, problem: Problem, grad_out: Tensor) -> None:
+    """A kernel's results against the math kernel's in float64, with an lse that other tiles were merged into."""
+    exact, eps = math.Math(), torch.finfo(problem.query.dtype).eps
+    wide = problem._replace(**{name: getattr(problem, name).double() for name in ("query", "key", "value")})
+    out, lse = exact.forward(wide)
+    joint = lse.masked_fill(lse == -torch.inf, torch.inf) + 0.5
+    grads = exact.backward(wide, grad_out.double(), out, joint)
+    got_out, got_lse = kernel.forward(problem)
+    got_grads = kernel.backward(problem, grad_out, out.to(grad_out.dtype), joint.to(got_lse.dtype))
+    assert torch.equal(got_lse == -torch.inf, lse == -torch.inf), kernel.name
+    lses = (got_lse.masked_fill(lse == -torch.inf, 0.0), lse.masked_fill(lse == -torch.inf, 0.0))
+    for got, expected in ((got_out, out), lses, *zip(got_grads, grads, strict=True)):
+        assert (got.double() - expected).abs().max() <= 30 * eps * expected.abs().max(), kernel.name
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 @pytest.mark.parametrize("is_causal", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_cpu_kernels_agree_with_float64(dtype: torch.dtype, is_causal: bool) -> None:
-    tensors = [tensor.transpose(1, 2) for tensor in torch.randn(4, 2, 130, 3, 16, dtype=torch.float64).to(dtype)]
-    exact = math.Math()
-    problem = Problem(*tensors[:3], is_causal, 0.25)
-    doubles = [tensor.double() for tensor in tensors]
-    exact_problem = Problem(*doubles[:3], is_causal, 0.25)
-    out, lse = exact.forward(exact_problem)
-    grads = exact.backward(exact_problem, doubles[3], out, lse)
+def test_cpu_kernels_agree_with_float64(dtype: torch.dtype, is_causal: bool, masked: bool) -> None:
+    *qkv, grad = (tensor.transpose(1, 2) for tensor in torch.randn(4, 2, 130, 3, 16, dtype=torch.float64).to(dtype))
+    real = _some_keys(2, 3, 130) if masked else None
     for kernel in kernels.table():
         if kernels.survey(CPU, dtype, 16)[kernel.name] is None:
-            ours = kernel.forward(problem)
-            our_grads = kernel.backward(problem, tensors[3], *ours)
-            eps = torch.finfo(dtype).eps
-            for got, expected in zip((*ours, *our_grads), (out, lse, *grads), strict=True):
-                assert (got.double() - expected).abs().max() <= 30 * eps * expected.abs().max(), kernel.name
+            _compare(kernel, Problem(*qkv, is_causal, 0.25, real), grad)
+
+
+def _some_keys(batch: int, heads: int, keys: int) -> Tensor:
+    """About half of the keys; in one head none, in another none of the first."""
+    real = torch.rand(batch, heads, keys) < 0.5
+    real[0, 0] = False
+    real[-1, -1, : keys // 2] = False
+    return real
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize(
+    ("batch", "heads", "rows", "keys", "head_dim", "is_causal"),
+    [(2, 3, 300, 300, 64, True), (1, 2, 70, 700, 48, False), (3, 2, 513, 513, 72, True), (5, 4, 64, 64, 8, False)],
+)
+@pytest.mark.parametrize("layout", ["(batch, heads, rows)", "(batch, rows, heads)", "a slice of the heads"])
+def test_products_in_blocks(
+    batch: int,
+    heads: int,
+    rows: int,
+    keys: int,
+    head_dim: int,
+    is_causal: bool,
+    layout: str,
+    masked: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """cpu_matmul over blocks that do not come out even, in every layout that the tiles have."""
+    if reason := kernels.survey(CPU, torch.bfloat16, head_dim)["cpu_matmul"]:
+        pytest.skip(reason)
+    monkeypatch.setattr(cpu_matmul, "FEWEST_SCORES", 0)
+    monkeypatch.setattr(cpu_matmul, "BLOCK_SCORES", 1 << 16)
+
+    def draw(length: int) -> Tensor:
+        if layout == "(batch, heads, rows)":
+            return torch.randn(batch, heads, length, head_dim).bfloat16()
+        wide = torch.randn(batch, length, 2 * heads, head_dim).bfloat16().transpose(1, 2)
+        return (
+            wide[:, :heads]
+            if layout == "a slice of the heads"
+            else wide[:, :heads].transpose(1, 2).contiguous().transpose(1, 2)
+        )
+
+    real = _some_keys(batch, heads, keys) if masked else None
+    problem = Problem(draw(rows), draw(keys), draw(keys), is_causal, head_dim**-0.5, real)
+    _compare(cpu_matmul.CPUMatmul(), problem, draw(rows))
+
+
+def test_products_keep_large_scores() -> None:
+    """Scores near 300, of which one bfloat16 would lose units: the weights are as right as flash's."""
+    if reason := kernels.survey(CPU, torch.bfloat16, 64)["cpu_matmul"]:
+        pytest.skip(reason)
+    query, key, value = torch.randn(3, 1, 4, 256, 64).bfloat16().unbind()
+    problem = Problem(query * 8, key, value, is_causal=False, scale=1.0)
+    exact, _ = math.Math().forward(
+        problem._replace(query=problem.query.double(), key=key.double(), value=value.double())
+    )
+    errors = [
+        (kernel.forward(problem)[0] - exact).abs().max() for kernel in (cpu_matmul.CPUMatmul(), cpu_flash.CPUFlash())
+    ]
+    assert errors[0] <= 2 * errors[1]
+
+
+def test_small_problems_go_to_flash() -> None:
+    query = torch.randn(1, 2, 16, 8).bfloat16()
+    problem = Problem(query, query, query, is_causal=False, scale=1.0)
+    for got, expected in zip(
+        cpu_matmul.CPUMatmul().forward(problem), cpu_flash.CPUFlash().forward(problem), strict=True
+    ):
+        assert torch.equal(got, expected)
 
 
 def test_math_in_chunks_equals_math_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +144,7 @@ def test_impossible_request_names_what_is_missing() -> None:
         ValueError, match=r'kernel: "cuda_flash" cannot run torch.float32 .* it runs on CUDA, not on cpu'
     ):
         dilated_attention(query, query, query, [2], [1], kernel="cuda_flash")
-    with pytest.raises(ValueError, match=r"kernel: expected one of \['auto', 'cpu_flash'"):
+    with pytest.raises(ValueError, match=r"kernel: expected one of \['auto', 'cpu_matmul'"):
         kernels.choose("flash", CPU, torch.float32, 8)
 
 
@@ -116,8 +194,22 @@ def test_cuda_kernels_call_their_operators_as_declared(name: str) -> None:
     query, key, value, grad = (
         torch.empty(shape, dtype=torch.bfloat16, device="meta").transpose(1, 2) for _ in range(4)
     )
-    problem = Problem(query, key, value, is_causal=True, scale=0.2)
-    out, lse = kernel.forward(problem)
-    grads = kernel.backward(problem, grad, out, lse.contiguous())
-    assert lse.shape == query.shape[:3]
-    assert all(tensor.shape == query.shape for tensor in (out, *grads))
+    masks = [None]
+    if name == "cuda_efficient":
+        masks.append(torch.empty(2, 3, 37, dtype=torch.bool, device="meta"))
+    for real in masks:
+        problem = Problem(query, key, value, is_causal=True, scale=0.2, real=real)
+        out, lse = kernel.forward(problem)
+        grads = kernel.backward(problem, grad, out, lse.contiguous())
+        assert lse.shape == query.shape[:3]
+        assert all(tensor.shape == query.shape for tensor in (out, *grads))
+
+
+def test_what_a_call_needs_decides_too() -> None:
+    cuda = torch.device("cuda")
+    masked, dropping = kernels.Needs(mask=True), kernels.Needs(dropout=True)
+    assert kernels.choose("auto", CPU, torch.float32, 64, masked).name == "cpu_flash"
+    assert kernels.choose("auto", CPU, torch.float32, 64, dropping).name == "math"
+    assert kernels.survey(CPU, torch.float32, 64, dropping)["cpu_flash"] == "it drops no probabilities"
+    if torch.cuda.is_available():
+        assert kernels.choose("auto", cuda, torch.bfloat16, 64, masked).name == "cuda_efficient"
