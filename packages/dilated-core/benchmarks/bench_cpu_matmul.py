@@ -48,9 +48,9 @@ def deviations(problem: Problem, grad_out: torch.Tensor) -> dict[str, dict[str, 
     return found
 
 
-def measure_one(rows: int, is_causal: bool, repeats: int) -> dict[str, object]:
+def measure_one(rows: int, is_causal: bool, scores: int, repeats: int) -> dict[str, object]:
     """One row of the table."""
-    batch = max(2, SCORES // (HEADS * rows * rows))
+    batch = max(2, scores // (HEADS * rows * rows))
     *qkv, go = (torch.randn(batch, HEADS, rows, HEAD_DIM).bfloat16() for _ in range(4))
     problem = Problem(*qkv, is_causal, HEAD_DIM**-0.5)
     deviation = deviations(problem, go)
@@ -102,13 +102,13 @@ HEADER = (
 )
 
 
-def report(rows: list[dict[str, object]], environment: dict[str, object]) -> str:
+def report(rows: list[dict[str, object]], environment: dict[str, object], scores: int) -> str:
     """The page that lands beside the JSON."""
     table = "\n".join([HEADER, *map(line, rows)])
     return (
         "# bfloat16 by matrix products against PyTorch's flash operator\n\n"
         f"{environment['date']}, torch {environment['torch']}, {environment['processor']} "
-        f"({environment['cpu_capability']}). Tiles of {HEADS} heads of {HEAD_DIM}, about {SCORES:,} scores each.\n\n"
+        f"({environment['cpu_capability']}). Tiles of {HEADS} heads of {HEAD_DIM}, about {scores:,} scores each.\n\n"
         "Out, lse and gradients of both kernels were checked against float64 before they were timed. Medians of "
         "interleaved repeats; the spread is the interquartile range over the median; the ratio is flash's time over "
         f"that of the products.\n\n{table}\n"
@@ -120,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 2731, 4096])
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
+    parser.add_argument("--scores", type=int, default=SCORES, help="scores a tile, about: sets the batch")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     arguments = parser.parse_args()
@@ -135,11 +136,11 @@ def main() -> None:
         torch.set_num_threads(threads)
         for length in arguments.rows:
             for is_causal in (False, True):
-                rows.append(measure_one(length, is_causal, arguments.repeats))
+                rows.append(measure_one(length, is_causal, arguments.scores, arguments.repeats))
                 print(line(rows[-1]), flush=True)
                 results = {"environment": environment, "rows": rows}
                 (arguments.output / "cpu_matmul.json").write_text(json.dumps(results, indent=1) + "\n")
-                (arguments.output / "cpu_matmul.md").write_text(report(rows, environment))
+                (arguments.output / "cpu_matmul.md").write_text(report(rows, environment, arguments.scores))
 
 
 if __name__ == "__main__":
