@@ -215,7 +215,7 @@ def tests(session: nox.Session, package: Package) -> None:
     import_each = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
     session.run("python", "-I", "-c", import_each, *package.modules)
     install(session, *group("test", package), constraints=constraints)
-    pytest(session, package.folder.name, "-m", "not (gpu or fuzz or interop)", str(package.folder / "tests"))
+    pytest(session, package.folder.name, "-m", "not (gpu or fuzz)", str(package.folder / "tests"))
 
 
 @nox.session
@@ -237,6 +237,19 @@ def bench(session: nox.Session, package: Package) -> None:
     constraints = pin_wheels(session, package)
     install(session, package.name, *group("bench", package), constraints=constraints)
     run_all(session, *(["python", str(script), *session.posargs] for script in package.benchmarks))
+
+
+@nox.session(default=False)
+def interop(session: nox.Session) -> None:
+    """What the peers compute: torchscale's and dilated-attention-pytorch's own code beside ours.
+
+    nox -s interop -- --torchscale=PATH --gigapath=PATH     with checkouts: the main branch, and the slide encoder
+    """
+    constraints = pin_wheels(session, *PACKAGES)
+    install(session, *NAMES, *group("test"), "einops", "numpy", constraints=constraints)
+    # Without what they ask for (old releases of xformers, fairscale, timm): what is run here needs none of it.
+    install(session, "--no-deps", "torchscale==0.3.0", "dilated-attention-pytorch==0.2.0")
+    pytest(session, "interop", str(ROOT / "tests" / "interop"))
 
 
 @nox.session(default=False, venv_backend="none")

@@ -2,6 +2,7 @@
 
 from dilated_core import kernels, measure, reference
 from dilated_core.attend import attend
+from dilated_core.decode import DilatedKVCache, decode_step
 from dilated_core.functional import AuxOutput, AuxRequest, dilated_attention
 from dilated_core.maps import AttentionMap, attention_map
 from dilated_core.modules import DilatedAttention, MultiheadDilatedAttention
@@ -15,12 +16,14 @@ __all__ = [
     "AuxOutput",
     "AuxRequest",
     "DilatedAttention",
+    "DilatedKVCache",
     "DilatedPattern",
     "MultiheadDilatedAttention",
     "Partial",
     "PatternStore",
     "attend",
     "attention_map",
+    "decode_step",
     "dilated_attention",
     "kernels",
     "measure",

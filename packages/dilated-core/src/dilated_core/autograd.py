@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,12 +11,12 @@ from torch._library.custom_ops import CustomOpDef
 Gradients = tuple[Tensor | None, ...]
 
 
-def make_differentiable(forward: CustomOpDef, backward: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> None:
+def make_differentiable(forward: CustomOpDef, backward: CustomOpDef) -> None:
     """Register ``backward`` as the gradient of ``forward``.
 
     Args:
         forward: operator of (query, key, value, *options) that returns (out, lse).
-        backward: function of (grad_out, grad_lse or None, query, key, value, out, lse, *options) that returns the
+        backward: operator of (grad_out, grad_lse or None, query, key, value, out, lse, *options) that returns the
             gradients of query, key and value.
     """
 
@@ -41,4 +40,8 @@ def make_differentiable(forward: CustomOpDef, backward: Callable[..., tuple[Tens
             grads = backward(grad_out, grad_lse, query, key, value, out, lse, *options)
         return (*grads, *(None for _ in options))
 
+    def refuse(ctx: Any, *grads: Tensor) -> Gradients:
+        raise RuntimeError("dilated_attention: second derivatives are not defined")
+
     forward.register_autograd(differentiate, setup_context=save)
+    backward.register_autograd(refuse)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from dilated_core.kernels import table
 from dilated_core.plan import SEMANTICS
@@ -128,7 +129,7 @@ def softmax_scale(scale: object, head_dim: int, name: str = "scale") -> float:
         return 1.0 / math.sqrt(head_dim)
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"{name}: expected a float or None, got {scale!r} of type {type(scale).__name__}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # not math.isfinite, which torch.compile cannot trace
         raise ValueError(f"{name}: expected a finite float, got {scale}")
     return float(scale)
 
@@ -140,6 +141,8 @@ def _tensor(name: str, value: object) -> Tensor:
         raise ValueError(f"{name}: expected 4 dimensions (batch, seq, heads, head_dim), got shape {tuple(value.shape)}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16, got {value.dtype}")
+    if forward_ad.unpack_dual(value).tangent is not None:  # operators would drop it without a word
+        raise NotImplementedError(f"{name}: forward-mode derivatives (jvp, jacfwd, hessian) are not defined")
     if value.shape[3] == 0:
         raise ValueError(f"{name}: expected a head_dim of at least 1, got shape {tuple(value.shape)}")
     return value
@@ -196,7 +199,7 @@ def key_padding_mask(mask: object, key: Tensor) -> Tensor | None:
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"key_padding_mask: expected a bool tensor, True where the key is real, got {found}")
+        raise TypeError(f"key_padding_mask: expected a bool tensor, got {found}")
     if mask.shape != key.shape[:2]:
         raise ValueError(
             f"key_padding_mask: expected shape (batch, seq) = {tuple(key.shape[:2])}, got {tuple(mask.shape)}"
@@ -218,7 +221,7 @@ def cu_seqlens(offsets: object, query: Tensor) -> Tensor | None:
     if not isinstance(offsets, Tensor) or offsets.dtype not in (torch.int32, torch.int64):
         found = offsets.dtype if isinstance(offsets, Tensor) else type(offsets).__name__
         raise TypeError(f"cu_seqlens: expected an int32 or int64 tensor of offsets, got {found}")
-    if offsets.ndim != 1 or len(offsets) < 1:
+    if offsets.ndim != 1 or offsets.shape[0] < 1:  # len() would fix the number of sequences in an export
         raise ValueError(f"cu_seqlens: expected shape (sequences + 1,), got {tuple(offsets.shape)}")
     if query.shape[0] != 1:
         raise ValueError(f"cu_seqlens: expected packed sequences in a batch of 1, got a batch of {query.shape[0]}")

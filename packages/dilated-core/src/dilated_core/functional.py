@@ -188,7 +188,7 @@ def dilated_attention(
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast, float32 and half precision inputs in autocast's dtype, as SDPA does; else as they came."""
     device = next((tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)), None)
-    if device is None or not torch.is_autocast_enabled(device):
+    if device in (None, "meta") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(

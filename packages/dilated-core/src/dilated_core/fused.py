@@ -65,6 +65,10 @@ class Span(NamedTuple):
     real: Tensor | None
     seed: int | None
 
+    def apart(self, place: int) -> Span:
+        """The same with random numbers of its own, which its tiles count on from: there are less than 2^20 of them."""
+        return self if self.seed is None else self._replace(seed=self.seed + (place << 20))
+
     def tiles(self, seq_len: int, chosen: range) -> list[Tile]:
         """The plan of the chosen query heads."""
         lengths, rates, semantics, is_causal, *_ = self.options
@@ -194,8 +198,7 @@ def _spans(query: Tensor, extras: Extras, options: Options, resources: Resources
     seed = None if seed_tensor is None else int(seed_tensor)
     for start, stop in bounds:
         part = real if real is None else real[:, start:stop]
-        # Tiles number their own random numbers from here on; sequences are further apart than they have tiles.
-        yield slice(start, stop), Span(options, resources, heads, part, None if seed is None else seed + (start << 20))
+        yield slice(start, stop), Span(options, resources, heads, part, seed).apart(start * heads)
 
 
 def _attend(engine: Kernel, problem: Problem, phantoms: int) -> tuple[Tensor, Tensor]:
@@ -225,10 +228,10 @@ def forward(
     """
     needs = Needs(extras.real is not None, options.dropout_p > 0)
     engine = choose(options.kernel, query.device, query.dtype, query.shape[-1], needs)
+    spans = list(_spans(query, extras, options, resources))
     if query.numel() == 0:
         return results_of_forward(query)
     qkv = [_last_stride_1(tensor) for tensor in (query, key, value)]
-    spans = list(_spans(query, extras, options, resources))
     blocks = _head_blocks(query, key)
     dtype = accumulation_dtype(query.dtype)
     if len(spans) == len(blocks) == 1 and dtype == query.dtype:
@@ -246,7 +249,7 @@ def forward(
 
 def _forward_block(engine: Kernel, span: Span, block: HeadBlock, qkv: list[Tensor]) -> tuple[Tensor, Tensor]:
     """out and lse of the block's heads, (batch, seq, heads, ...), in the accumulation dtype."""
-    query = qkv[0]
+    query, span = qkv[0], span.apart(block.queries.start)
     dtype = accumulation_dtype(query.dtype)
     tiles = span.tiles(query.shape[1], block.chosen())
     if _starts_whole(tiles, span, query):
@@ -321,7 +324,7 @@ def _backward_block(
         by_key: key and value.
         kv_sums: those of key and value so far, added to and returned; empty for none.
     """
-    query = by_query[0]
+    query, span = by_query[0], span.apart(block.queries.start)
     dtype = accumulation_dtype(query.dtype)
 
     def gradients(tile: Tile, batch: slice, number: int) -> tuple[Tensor, ...] | None:
@@ -338,9 +341,11 @@ def _backward_block(
 
     tiles = span.tiles(query.shape[1], block.chosen())
     shapes = [query.shape, *(tensor.shape for tensor in by_key)]
-    if not kv_sums and _starts_whole(tiles, span, query):
+    if _starts_whole(tiles, span, query):
         whole, *tiles = tiles
         sums = [_ungather(whole, rows).to(dtype) for rows in gradients(whole, slice(None), 0) or ()]
+        for total, earlier in zip(sums[1:], kv_sums, strict=False):
+            total.add_(earlier)
     else:
         missing = shapes[: len(shapes) - len(kv_sums)]
         sums = [span.resources.empty(shape, dtype=dtype, device=query.device).zero_() for shape in missing] + kv_sums

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_core import checks
+from dilated_core.decode import DilatedKVCache, decode_step
 from dilated_core.functional import dilated_attention
 from dilated_core.pattern import DilatedPattern
 from dilated_core.resources import Allocator, PatternStore
@@ -232,6 +233,7 @@ class MultiheadDilatedAttention(nn.Module):
         is_causal: bool | None = None,
         *,
         cu_seqlens: Tensor | None = None,
+        cache: DilatedKVCache | None = None,
     ) -> tuple[Tensor, None]:
         """Attend, in the argument order of ``nn.MultiheadAttention.forward``.
 
@@ -246,6 +248,9 @@ class MultiheadDilatedAttention(nn.Module):
             is_causal: overrides the module's own, for this call.
             cu_seqlens: (sequences + 1,), offsets of the sequences packed into a batch of 1. Not with ``rotary``, whose
                 positions would run on from one sequence into the next.
+            cache: from ``new_cache``: query holds the tokens that follow those it has seen, which are attended too, and
+                is added to it (see ``decode_step``). For causal inference; without masks and packing. A ``rotary`` is
+                then called with ``start=``, the number of tokens seen, and all batch rows must have seen as many.
 
         Returns:
             (output of query's shape, None).
@@ -273,15 +278,67 @@ class MultiheadDilatedAttention(nn.Module):
         q = self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim))
         k = self.k_proj(key).unflatten(-1, (self.kv_heads, self.head_dim))
         v = self.v_proj(value).unflatten(-1, (self.kv_heads, self.head_dim))
+        if cache is not None:
+            self._check_cache(cache, is_causal, masked=real is not None or cu_seqlens is not None)
         if self.rotary is not None:
-            q, k = self.rotary(q, k)
-        attended = self.attention(
-            q, k, v, is_causal=is_causal, key_padding_mask=None if real is None else ~real, cu_seqlens=cu_seqlens
-        )
+            q, k = self.rotary(q, k) if cache is None else self.rotary(q, k, start=max(cache.lengths, default=0))
+        if cache is not None:
+            attended = decode_step(q, k, v, cache, scale=self.attention.softmax_scale, kernel=self.attention.kernel)
+        else:
+            attended = self.attention(
+                q, k, v, is_causal=is_causal, key_padding_mask=None if real is None else ~real, cu_seqlens=cu_seqlens
+            )
         joined = attended.flatten(-2)
         if self.inner_attn_ln is not None:
             joined = self.inner_attn_ln(joined)
         return self.out_proj(joined), None
+
+    def new_cache(self, batch_size: int) -> DilatedKVCache:
+        """An empty cache for ``forward(..., cache=)``, in the dtype and on the device of the weights.
+
+        Args:
+            batch_size: rows it is for.
+
+        Raises:
+            TypeError, ValueError: batch_size is no int of at least 0.
+
+        >>> attention = MultiheadDilatedAttention(32, 4, [4, 8], [1, 2], is_causal=True).eval()
+        >>> tokens, cache = torch.randn(1, 10, 32), attention.new_cache(1)
+        >>> with torch.no_grad():
+        ...     steps = [attention(token, cache=cache)[0] for token in tokens.split(1, dim=1)]
+        ...     torch.allclose(torch.cat(steps, 1), attention(tokens)[0], atol=1e-5)
+        True
+        """
+        return DilatedKVCache(
+            self.attention.pattern.segment_lengths,
+            self.attention.pattern.dilation_rates,
+            batch_size=batch_size,
+            num_heads=self.num_heads,
+            head_dim=self.head_dim,
+            kv_heads=self.kv_heads,
+            semantics=self.attention.semantics,
+            dtype=self.k_proj.weight.dtype,
+            device=self.k_proj.weight.device,
+            allocator=self.attention.allocator,
+        )
+
+    def _check_cache(self, cache: object, is_causal: bool | None, *, masked: bool) -> None:
+        """Refuse what a step with a cache cannot honour. Raises TypeError or ValueError."""
+        if not isinstance(cache, DilatedKVCache):
+            raise TypeError(f"cache: expected a DilatedKVCache or None, got {type(cache).__name__}")
+        attention = self.attention
+        own = (attention.pattern.segment_lengths, attention.pattern.dilation_rates, attention.semantics)
+        its = (cache.segment_lengths, cache.dilation_rates, cache.semantics)
+        if its != own:
+            raise ValueError(f"cache: expected the module's pattern and semantics, {own}, got {its}")
+        if not (attention.is_causal if is_causal is None else is_causal):
+            raise ValueError("cache: expected None where is_causal is False, a later token would change earlier rows")
+        if masked:
+            raise ValueError("cache: expected no key_padding_mask and no cu_seqlens beside it")
+        if self.training and attention.attention_dropout > 0.0:
+            raise ValueError("cache: expected eval mode, a step drops no probabilities")
+        if self.rotary is not None and len(set(cache.lengths)) > 1:
+            raise ValueError(f"cache: expected rows of one length beside a rotary, got {cache.lengths}")
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""

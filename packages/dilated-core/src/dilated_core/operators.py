@@ -26,7 +26,7 @@ def fused_attention(
     query: Tensor, key: Tensor, value: Tensor, extras: Extras, options: Options, resources: Resources
 ) -> tuple[Tensor, Tensor]:
     """(out, lse) of ``fused.forward``, differentiable. ``resources`` step aside where PyTorch traces."""
-    if torch.compiler.is_compiling() or type(query) not in PLAIN:
+    if torch.compiler.is_compiling() or type(query) not in PLAIN or query.is_meta:
         out, lse = _operator(query, key, value, *extras, *options)
     else:
         out, lse = _Function.apply(query, key, value, *extras, options, resources)  # type: ignore[no-untyped-call]
