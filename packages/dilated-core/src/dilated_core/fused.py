@@ -28,6 +28,7 @@ from dilated_core.resources import NO_RESOURCES, Resources
 # Elements gathered of each tensor at a time. On a CPU 4 MiB of float32: long calls that still lie in the shared cache.
 # On a GPU, calls large enough to fill the card.
 GATHER_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+ALL = slice(None)
 
 
 class Options(NamedTuple):
@@ -93,26 +94,28 @@ class Span(NamedTuple):
             segments = min(tile.segments, max(1, budget // segment))
             rows = min(batch, max(1, budget // (segment * tile.segments)))
             for row in range(0, batch, rows):
+                chosen = slice(row, row + rows) if rows < batch else ALL
                 for first in range(0, tile.segments, segments):
-                    yield tile.part(first, min(first + segments, tile.segments)), slice(row, row + rows)
+                    last = min(first + segments, tile.segments)
+                    yield tile if segments == tile.segments else tile.part(first, last), chosen
 
     def gather(self, tile: Tile, tensor: Tensor) -> Tensor:
         """The tile's rows for the kernels, (batch * segments, heads, rows, ...): a view where it can be one."""
-        view = tile.view(tensor)
-        batch, segments, groups, phases, *rest = view.shape
-        if not (_joins(view, 0) and _joins(view, 2)):
-            rows = self.resources.empty(view.shape, dtype=view.dtype, device=view.device)
-            view = rows.copy_(view)
-        return view.view(batch * segments, groups * phases, *rest)
+        lanes = tile.lanes(tensor)
+        if lanes is None:
+            view = tile.view(tensor)
+            rows = self.resources.empty(view.shape, dtype=view.dtype, device=view.device).copy_(view)
+            lanes = rows.view(-1, tile.heads, tile.rows, *view.shape[5:])
+        return lanes
 
     def problem(self, tile: Tile, batch: slice, qkv: list[Tensor], number: int) -> Problem | None:
         """What the kernel is to attend; None where all keys are padding and nothing stands in for them."""
-        q, k, v = (self.gather(tile, tensor[batch]) for tensor in qkv)
+        q, k, v = (self.gather(tile, _at(tensor, batch)) for tensor in qkv)
         options = self.options
         dropout = None if self.seed is None else Dropout(options.dropout_p, (self.seed + number) % 2**63)
         real = None
         if self.real is not None:
-            mask = self.real[batch]
+            mask = _at(self.real, batch)
             real = self.gather(tile, mask.unsqueeze(-1).expand(*mask.shape, qkv[1].shape[2]))
             if real.device.type == "cpu":  # elsewhere a look at the values would wait for the device
                 if real.all():
@@ -125,10 +128,15 @@ class Span(NamedTuple):
         return Problem(q, k, v, options.is_causal, options.scale, real, dropout)
 
 
-def _joins(view: Tensor, dim: int) -> bool:
-    """Whether this dimension and the next are one, without copying."""
-    (size, inner), (stride, step) = view.shape[dim : dim + 2], view.stride()[dim : dim + 2]
-    return size == 1 or inner == 1 or stride == inner * step
+def _at(tensor: Tensor, batch: slice) -> Tensor:
+    """These batch rows. All of them is the usual case, and worth no operation."""
+    return tensor if batch is ALL else tensor[batch]
+
+
+def _place(tile: Tile, tensor: Tensor) -> Tensor:
+    """The tile's part of a sum, to write to: in the shape of the kernels' results where strides allow."""
+    lanes = tile.lanes(tensor)
+    return tile.view(tensor) if lanes is None else lanes
 
 
 def _starts_whole(tiles: list[Tile], span: Span, query: Tensor) -> bool:
@@ -254,7 +262,7 @@ def _forward_block(engine: Kernel, span: Span, block: HeadBlock, qkv: list[Tenso
     tiles = span.tiles(query.shape[1], block.chosen())
     if _starts_whole(tiles, span, query):
         whole, *tiles = tiles
-        problem = span.problem(whole, slice(None), qkv, 0)
+        problem = span.problem(whole, ALL, qkv, 0)
         assert problem is not None
         out, lse = (_ungather(whole, rows).to(dtype) for rows in _attend(engine, problem, whole.phantoms))
     else:
@@ -264,8 +272,9 @@ def _forward_block(engine: Kernel, span: Span, block: HeadBlock, qkv: list[Tenso
         problem = span.problem(tile, batch, qkv, number)
         if problem is not None:
             new_out, new_lse = _attend(engine, problem, tile.phantoms)
-            out_rows, lse_rows = tile.view(out[batch]), tile.view(lse[batch])
-            merge_in_place(out_rows, lse_rows, new_out.reshape(out_rows.shape), new_lse.reshape(lse_rows.shape))
+            out_rows, lse_rows = _place(tile, _at(out, batch)), _place(tile, _at(lse, batch))
+            new_out, new_lse = new_out.reshape(out_rows.shape), new_lse.reshape(lse_rows.shape)
+            merge_in_place(out_rows, lse_rows, new_out, new_lse, all_have_keys=span.real is None)
     return out, lse
 
 
@@ -332,7 +341,7 @@ def _backward_block(
         problem = span.problem(tile, batch, qkv, number)
         if problem is None:
             return None
-        grad_out, out, lse, *rest = (span.gather(tile, tensor[batch]) for tensor in by_query[1:])
+        grad_out, out, lse, *rest = (span.gather(tile, _at(tensor, batch)) for tensor in by_query[1:])
         if span.options.semantics == "torchscale":
             # The weights of the mixture take no gradient: the branch's own out, with its weights in the joint softmax.
             engine = choose(span.options.kernel, query.device, query.dtype, query.shape[-1], Needs.of(problem))
@@ -343,7 +352,7 @@ def _backward_block(
     shapes = [query.shape, *(tensor.shape for tensor in by_key)]
     if _starts_whole(tiles, span, query):
         whole, *tiles = tiles
-        sums = [_ungather(whole, rows).to(dtype) for rows in gradients(whole, slice(None), 0) or ()]
+        sums = [_ungather(whole, rows).to(dtype) for rows in gradients(whole, ALL, 0) or ()]
         for total, earlier in zip(sums[1:], kv_sums, strict=False):
             total.add_(earlier)
     else:
@@ -351,6 +360,6 @@ def _backward_block(
         sums = [span.resources.empty(shape, dtype=dtype, device=query.device).zero_() for shape in missing] + kv_sums
     for number, (tile, batch) in enumerate(span.parts(tiles, query), 1):
         for total, rows in zip(sums, gradients(tile, batch, number) or (), strict=False):
-            view = tile.view(total[batch])
-            view.add_(rows.reshape(view.shape))
+            place = _place(tile, _at(total, batch))
+            place.add_(rows.reshape(place.shape))
     return sums

@@ -74,15 +74,17 @@ def merge(*partials: Partial) -> Partial:
     return Partial(out.to(partials[0].out.dtype), lse)
 
 
-def merge_in_place(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor) -> None:
+def merge_in_place(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor, *, all_have_keys: bool = False) -> None:
     """Merge one more partial into ``out`` and ``lse``, without autograd: one pass over each.
 
     Args:
         out: (..., rows, head_dim), float32 or float64, overwritten; lse: (..., rows), overwritten.
         new_out, new_lse: of the same shapes; new_out of any floating dtype.
+        all_have_keys: promises that new_lse is -inf nowhere.
     """
-    share = torch.sigmoid(new_lse - lse)  # of the joint denominator: exp(new) / (exp(old) + exp(new))
-    share.masked_fill_(new_lse == -math.inf, 0.0)
+    share = (new_lse - lse).sigmoid_()  # of the joint denominator: exp(new) / (exp(old) + exp(new))
+    if not all_have_keys:
+        share.masked_fill_(new_lse == -math.inf, 0.0)
     out.lerp_(new_out.to(out.dtype), share.unsqueeze(-1))
     torch.logaddexp(lse, new_lse, out=lse)
 

@@ -65,6 +65,29 @@ class Tile(NamedTuple):
         offset = tensor.storage_offset() + self.start * seq + self.first_head * head
         return tensor.as_strided(size, stride, offset)
 
+    def lanes(self, tensor: Tensor) -> Tensor | None:
+        """Show the same as the kernels take it, where that is one strided view: (batch * segments, heads, rows, ...).
+
+        Args:
+            tensor: (batch, seq, heads, ...), any strides.
+
+        Returns:
+            The view, or None where batch and segments, or groups and phases, do not join without a copy.
+        """
+        batch, seq, head, *rest = tensor.stride()
+        segment, group, phase = self.segment_length * seq, self.group_step * head, seq + self.phase_step * head
+        if self.segments == 1:
+            segment = batch
+        elif tensor.shape[0] > 1 and batch != self.segments * segment:
+            return None
+        if self.phases == 1:
+            phase = group
+        elif self.groups > 1 and group != self.phases * phase:
+            return None
+        size = (tensor.shape[0] * self.segments, self.heads, self.rows, *tensor.shape[3:])
+        offset = tensor.storage_offset() + self.start * seq + self.first_head * head
+        return tensor.as_strided(size, (segment, phase, self.rate * seq, *rest), offset)
+
     def part(self, first: int, last: int) -> Tile:
         """The same tile, segments ``first`` up to ``last`` only."""
         return self._replace(start=self.start + first * self.segment_length, segments=last - first)
