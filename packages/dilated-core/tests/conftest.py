@@ -10,6 +10,9 @@ import torch
 hypothesis.settings.register_profile("dilated", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("dilated")
 
+# On tensors this small a second thread only waits for the first, and where processors are shared it waits for long.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> object:

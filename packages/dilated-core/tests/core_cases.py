@@ -1,23 +1,44 @@
-"""What the tests of dilated-core share: tolerances, shapes, hypothesis strategies, comparison with the oracle."""
+"""What the tests of dilated-core share: tolerances, problems, hypothesis strategies, comparison with the oracle."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from dilated_core import AuxRequest, dilated_attention, reference
+from dilated_core.plan import SEMANTICS
 
 # Largest deviation from the float64 oracle, relative to the oracle's largest magnitude.
 FORWARD_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}
 GRADIENT_TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 
+# How an attention may be run on a CPU, as options of dilated_attention.
+PATHS = {
+    "fused": {},
+    "fused-math": {"kernel": "math"},
+    "composed": {"fused": False},
+    "composed-math": {"fused": False, "kernel": "math"},
+}
+MASKS = ("none", "random", "right")
+LAYOUTS = ("plain", "head-major", "dim-major", "sliced", "expanded")
+
 
 @dataclass(frozen=True)
 class Case:
-    """One attention problem; its id reads like B2-N63-H4-D8-w(8,32)-r(1,4)-causal."""
+    """One attention problem; its id reads like B2-N63-H4kv2-D8-w(8,32)-r(1,4)-causal-torchscale-right.
+
+    Attributes:
+        kv_heads: key and value heads, None for as many as query heads.
+        mask: of the keys. "random" keeps 7 in 10; "right" pads at the right, a random amount in each batch row, and
+            the last of several batch rows altogether.
+        packed: lengths of the sequences packed into a batch of 1; none for not packed.
+        layout: how query, key, value and the cotangent lie in memory; "expanded" ones share one head's numbers.
+    """
 
     batch: int
     seq: int
@@ -27,11 +48,40 @@ class Case:
     dilation_rates: tuple[int, ...]
     is_causal: bool = False
     seed: int = 0
+    semantics: str = "paper"
+    kv_heads: int | None = None
+    mask: str = "none"
+    packed: tuple[int, ...] = ()
+    scale: float | None = None
+    layout: str = "plain"
 
     def __str__(self) -> str:
-        numbers = f"B{self.batch}-N{self.seq}-H{self.heads}-D{self.head_dim}"
-        w, r = (",".join(map(str, values)) for values in (self.segment_lengths, self.dilation_rates))
-        return f"{numbers}-w({w})-r({r})" + "-causal" * self.is_causal
+        shared = "" if self.kv_heads is None else f"kv{self.kv_heads}"
+        numbers = f"B{self.batch}-N{self.seq}-H{self.heads}{shared}-D{self.head_dim}"
+        w, r, packed = (",".join(map(str, each)) for each in (self.segment_lengths, self.dilation_rates, self.packed))
+        words = [
+            "causal" * self.is_causal,
+            self.semantics * (self.semantics != "paper"),
+            self.mask * (self.mask != "none"),
+            f"packed({packed})" * bool(self.packed),
+            "" if self.scale is None else f"scale{self.scale:g}",
+            self.layout * (self.layout != "plain"),
+        ]
+        return "-".join([numbers, f"w({w})", f"r({r})", *filter(None, words)])
+
+    @property
+    def pattern(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """segment_lengths and dilation_rates."""
+        return self.segment_lengths, self.dilation_rates
+
+    def meaning(self, semantics: str) -> Case:
+        """The same with other semantics; torchscale's several segments made multiples of their rate, as it demands."""
+        lengths, longest = self.segment_lengths, max(self.packed, default=self.seq)
+        if semantics == "torchscale":
+            lengths = tuple(
+                w if w >= longest else r * -(-w // r) for w, r in zip(lengths, self.dilation_rates, strict=True)
+            )
+        return replace(self, semantics=semantics, segment_lengths=lengths)
 
     def tensors(self, count: int, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
         """Standard normal (batch, seq, heads, head_dim) tensors, the same values in every dtype and on every device."""
@@ -40,10 +90,56 @@ class Case:
         values = torch.randn(shape, generator=generator, dtype=torch.float64)
         return list(values.to(device, dtype).unbind())
 
+    def problem(self, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+        """query, key, value and a cotangent of out, as heads are shared and laid out here."""
+        query, key, value, cotangent = self.tensors(4, dtype, device)
+        key, value = (tensor[:, :, : self.kv_heads].contiguous() for tensor in (key, value))
+        return [_lay_out(tensor, self.layout) for tensor in (query, key, value, cotangent)]
+
+    def key_padding_mask(self, device: str = "cpu") -> Tensor | None:
+        """(batch, seq), True where the key is real; None for no mask."""
+        if self.mask == "none":
+            return None
+        generator = torch.Generator().manual_seed(self.seed + 2)
+        if self.mask == "random":
+            return (torch.rand(self.batch, self.seq, generator=generator) < 0.7).to(device)
+        lengths = torch.randint(self.seq + 1, (self.batch, 1), generator=generator)
+        if self.batch > 1:
+            lengths[-1] = 0
+        return (torch.arange(self.seq) < lengths).to(device)
+
+    def cu_seqlens(self, dtype: torch.dtype = torch.int64) -> Tensor | None:
+        """Where packed sequences start and end; None for not packed."""
+        return torch.tensor([0, *self.packed]).cumsum(0).to(dtype) if self.packed else None
+
+    def options(self, device: str = "cpu") -> dict[str, object]:
+        """The keyword arguments of dilated_attention that say what is to be computed."""
+        return {
+            "is_causal": self.is_causal,
+            "semantics": self.semantics,
+            "enable_gqa": self.kv_heads is not None,
+            "scale": self.scale,
+            "key_padding_mask": self.key_padding_mask(device),
+            "cu_seqlens": self.cu_seqlens(),
+        }
+
     def lse_cotangent(self) -> Tensor:
         """A random cotangent for the lse, (batch, heads, seq), float64."""
         generator = torch.Generator().manual_seed(self.seed + 1)
         return torch.randn(self.batch, self.heads, self.seq, generator=generator, dtype=torch.float64)
+
+
+def _lay_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same values (but for "expanded") in other storage."""
+    if layout == "head-major":
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "dim-major":
+        return tensor.transpose(1, 3).contiguous().transpose(1, 3)
+    if layout == "sliced":
+        return tensor.repeat_interleave(2, dim=-1)[..., ::2]
+    if layout == "expanded":
+        return tensor[:, :, :1].expand_as(tensor)
+    return tensor
 
 
 # Shapes that catch what round numbers hide: primes, raggedness, w > N, r that does not divide w, more phases than
@@ -60,16 +156,18 @@ CASES = [
     Case(1, 101, 7, 8, (8, 25, 200), (1, 3, 9)),
     Case(2, 257, 4, 32, (64, 128, 512), (1, 2, 4)),
 ]
+# For all combinations of options: with a branch of rate 1 and without, ragged ends, heads that can be shared.
+MIXED_CASES = [Case(3, 41, 4, 8, (8, 20, 90), (1, 3, 7)), Case(2, 30, 6, 5, (7, 12), (3, 4))]
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    """Any small problem."""
+def cases(draw: st.DrawFn, options: bool = False) -> Case:
+    """Any small problem; with ``options``, of any semantics, mask and shared heads too."""
     seq = draw(st.integers(1, 70))
     branches = draw(st.integers(1, 4))
     lengths = draw(st.lists(st.integers(1, 90), min_size=branches, max_size=branches))
     rates = tuple(draw(st.integers(1, min(length, 12))) for length in lengths)
-    return Case(
+    case = Case(
         batch=draw(st.integers(1, 3)),
         seq=seq,
         heads=draw(st.integers(1, 9)),
@@ -79,6 +177,16 @@ def cases(draw: st.DrawFn) -> Case:
         is_causal=draw(st.booleans()),
         seed=draw(st.integers(0, 2**20)),
     )
+    if not options:
+        return case
+    divisors = [kv_heads for kv_heads in range(1, case.heads) if case.heads % kv_heads == 0]
+    case = replace(case, kv_heads=draw(st.sampled_from([None, *divisors])), mask=draw(st.sampled_from(MASKS)))
+    return case.meaning(draw(st.sampled_from(SEMANTICS)))
+
+
+def packed(case: Case, lengths: list[int]) -> Case:
+    """The same options for sequences of these lengths, packed into a batch of 1."""
+    return replace(case, batch=1, seq=sum(lengths), packed=tuple(lengths)).meaning(case.semantics)
 
 
 def deviation(result: Tensor, oracle: Tensor, floor: float = 0.0) -> float:
@@ -94,36 +202,52 @@ def deviation(result: Tensor, oracle: Tensor, floor: float = 0.0) -> float:
 
 @dataclass(frozen=True)
 class Results:
-    """out, dq, dk, dv of one run."""
+    """out, lse and the gradients of one run."""
 
     out: Tensor
+    lse: Tensor
     dq: Tensor
     dk: Tensor
     dv: Tensor
 
+    def each(self) -> list[Tensor]:
+        """All five."""
+        return [self.out, self.lse, self.dq, self.dk, self.dv]
+
 
 def run(case: Case, dtype: torch.dtype, *, device: str = "cpu", with_lse: bool = False, **options: object) -> Results:
     """dilated_attention and its gradients under a random cotangent (also of the lse, if asked)."""
-    *qkv, cotangent = case.tensors(4, dtype, device)
+    *qkv, cotangent = case.problem(dtype, device)
     leaves = [tensor.requires_grad_() for tensor in qkv]
-    out, aux = dilated_attention(
-        *leaves,
-        case.segment_lengths,
-        case.dilation_rates,
-        is_causal=case.is_causal,
-        return_aux=AuxRequest(lse=True),
-        **options,  # type: ignore[arg-type]
-    )
-    assert aux.lse is not None
-    return Results(out, *_gradients(case, out, aux.lse, leaves, cotangent, with_lse))
+    arguments = {**case.options(device), "return_aux": AuxRequest(lse=True), **options}
+    out, aux = dilated_attention(*leaves, *case.pattern, **arguments)  # type: ignore[call-overload]
+    return Results(out, aux.lse, *_gradients(case, out, aux.lse, leaves, cotangent, with_lse))
 
 
+@lru_cache(maxsize=4)
 def oracle(case: Case, dtype: torch.dtype, *, with_lse: bool = False) -> Results:
     """The same in float64 by the definition, from the inputs as ``dtype`` rounds them."""
-    *qkv, cotangent = (tensor.double() for tensor in case.tensors(4, dtype))
+    *qkv, cotangent = (tensor.double() for tensor in case.problem(dtype))
     leaves = [tensor.requires_grad_() for tensor in qkv]
-    out, lse = reference.dilated_attention(*leaves, case.segment_lengths, case.dilation_rates, is_causal=case.is_causal)
-    return Results(out, *_gradients(case, out, lse, leaves, cotangent, with_lse))
+    query, key, value = leaves
+    if case.kv_heads is not None:
+        key, value = (tensor.repeat_interleave(case.heads // case.kv_heads, dim=2) for tensor in (key, value))
+    real, bounds = case.key_padding_mask(), [(0, case.seq)]
+    if case.packed:
+        bounds = list(pairwise(torch.tensor([0, *case.packed]).cumsum(0).tolist()))
+    parts = [
+        reference.dilated_attention(
+            *(tensor[:, start:stop] for tensor in (query, key, value)),
+            *case.pattern,
+            is_causal=case.is_causal,
+            scale=case.scale,
+            semantics=case.semantics,
+            key_padding_mask=None if real is None else real[:, start:stop],
+        )
+        for start, stop in bounds
+    ]
+    out, lse = torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 2)
+    return Results(out, lse, *_gradients(case, out, lse, leaves, cotangent, with_lse))
 
 
 def _gradients(
@@ -138,9 +262,14 @@ def _gradients(
 
 
 def assert_close(case: Case, dtype: torch.dtype, results: Results, expected: Results) -> None:
-    """Compare out, dq, dk and dv, each alone and by name."""
+    """Compare out, lse, dq, dk and dv, each alone and by name."""
     assert results.out.dtype == dtype
     assert deviation(results.out, expected.out) <= FORWARD_TOLERANCE[dtype], f"out of {case}"
+    no_key = (expected.lse == -torch.inf).to(results.lse.device)
+    assert torch.equal(results.lse == -torch.inf, no_key), f"rows with no key of {case}"
+    # An error of lse is one of the softmax's weights, whatever its size: measured against 1.
+    lses = (lse.masked_fill(no_key.to(lse.device), 0.0) for lse in (results.lse, expected.lse))
+    assert deviation(*lses, floor=1.0) <= FORWARD_TOLERANCE[dtype], f"lse of {case}"
     # dq and dk may vanish (a row with one key has no choice), dv does not: its size says how small counts as nothing.
     floor = 0.1 * expected.dv.abs().max().item()
     for name in ("dq", "dk", "dv"):

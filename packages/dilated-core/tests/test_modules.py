@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from dilated_core import DilatedAttention, MultiheadDilatedAttention, dilated_attention
 
@@ -86,3 +90,74 @@ def test_bfloat16_and_autocast() -> None:
 
 def test_repr_says_what_it_is() -> None:
     assert "segment_lengths=[8, 16], dilation_rates=[1, 3]" in repr(MultiheadDilatedAttention(16, 4, *PATTERN))
+
+
+# ------------------------------------------------------------------------------------------- living in PyTorch
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "state_dict": lambda module: loaded(module.state_dict()),
+}
+
+
+def loaded(state: dict[str, Tensor]) -> nn.Module:
+    """A module of other weights, until it loads the state."""
+    module = MultiheadDilatedAttention(32, 4, *PATTERN, dropout=0.2, kv_heads=2)
+    module.load_state_dict(state)
+    return module
+
+
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+def test_a_copy_computes_the_same(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+    module = MultiheadDilatedAttention(32, 4, *PATTERN, dropout=0.2, kv_heads=2).eval()
+    twin = duplicate(module).eval()
+    sequence = torch.randn(2, 20, 32)
+    assert torch.equal(twin(sequence)[0], module(sequence)[0])
+    assert repr(twin) == repr(module)
+    assert {*twin.parameters()}.isdisjoint(module.parameters())
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composed"])
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_checkpointing_changes_no_gradient(dropout: float, use_reentrant: bool, fused: bool) -> None:
+    """With dropout too: its seed comes from the random state that checkpoint restores."""
+    module = MultiheadDilatedAttention(32, 4, *PATTERN, dropout=dropout, fused=fused)
+    sequence, cotangent = torch.randn(2, 20, 32, requires_grad=True), torch.randn(2, 20, 32)
+    padding = torch.arange(20).expand(2, 20) > 16
+    gradients = []
+    for recompute in (False, True):
+        torch.manual_seed(3)
+        arguments = (sequence, None, None, padding)
+        out, _ = checkpoint(module, *arguments, use_reentrant=use_reentrant) if recompute else module(*arguments)
+        out.backward(cotangent)
+        leaves = [sequence, *module.parameters()]
+        gradients.append([leaf.grad for leaf in leaves])
+        for leaf in leaves:
+            leaf.grad = None
+    for kept, recomputed in zip(*gradients, strict=True):
+        assert torch.equal(kept, recomputed)
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composed"])
+@pytest.mark.parametrize("where", ["fake", "meta"])
+def test_a_forward_and_backward_without_data(where: str, fused: bool) -> None:
+    with FakeTensorMode() if where == "fake" else torch.device("meta"):
+        module = MultiheadDilatedAttention(32, 4, *PATTERN, dropout=0.1, fused=fused)
+        sequence = torch.empty(2, 20, 32, requires_grad=True)
+        out, _ = module(sequence, key_padding_mask=torch.empty(2, 20, dtype=torch.bool))
+        out.backward(torch.empty_like(out))
+    assert sequence.grad is not None
+    assert out.shape == sequence.grad.shape == sequence.shape
+
+
+def test_weights_may_come_after_the_module() -> None:
+    """Deferred initialisation: built on meta, given memory, initialised, as if built at once."""
+    expected = MultiheadDilatedAttention(32, 4, *PATTERN)
+    module = MultiheadDilatedAttention(32, 4, *PATTERN, device="meta").to_empty(device="cpu")
+    for each in (expected, module):
+        torch.manual_seed(4)
+        each.reset_parameters()
+    for name, parameter in expected.named_parameters():
+        assert torch.equal(module.get_parameter(name), parameter), name

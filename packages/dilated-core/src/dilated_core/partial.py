@@ -89,6 +89,16 @@ def merge_in_place(out: Tensor, lse: Tensor, new_out: Tensor, new_lse: Tensor, *
     torch.logaddexp(lse, new_lse, out=lse)
 
 
+def merge_stack(outs: Tensor, lses: Tensor) -> Tensor:
+    """The joint out of partials that lie in one tensor, without autograd; outs is overwritten.
+
+    Args:
+        outs: (partials, ..., head_dim), float32 or float64; lses: (partials, ...), finite: a partial with no key has
+            out 0 and an lse far below any other.
+    """
+    return outs.mul_(torch.softmax(lses, 0).unsqueeze(-1)).sum(0)
+
+
 def with_zero_keys(out: Tensor, lse: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """out and lse after every row attends ``count`` more keys of score 0 and value 0: they take their share, give none.
 

@@ -18,6 +18,7 @@ from dilated_core.decode.chunk import Engine, attend_chunk, keep_chunk
 from dilated_core.decode.store import Store
 from dilated_core.functional import dilated_attention
 from dilated_core.kernels import choose
+from dilated_core.partial import merge_stack
 
 
 def decode_step(
@@ -184,4 +185,4 @@ def _one_token(
             out, lse = engine.attend(lanes, *live, is_causal=False)
             shelf.out.copy_(out)
             shelf.lse.copy_(lse)
-    return torch.sum(outs.mul_(torch.softmax(lses, 0).unsqueeze(-1)), 0).unsqueeze(1)
+    return merge_stack(outs, lses).unsqueeze(1)

@@ -90,15 +90,19 @@ class LongNetLM(DilatedStack):
         else:
             initialise_embedding(self.output_projection)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Token ids (batch, seq), int64 or int32, to logits (batch, seq, vocab_size); row n predicts token n + 1.
 
+        Args:
+            tokens: the ids. Padding on the right needs no mask, since no row sees what comes after it.
+            key_padding_mask: (batch, seq), bool, True where a token is padding, which no row attends.
+
         Raises:
-            TypeError, ValueError: tokens is not an integer tensor of that shape.
+            TypeError, ValueError: tokens is not an integer tensor of that shape; the mask is not bool or does not fit.
         """
         self._check_tokens("tokens", tokens)
         hidden = self.embedding_dropout(self.embed_tokens(tokens) * math.sqrt(self.embed_dim))
-        logits: Tensor = self.output_projection(self.run_layers(hidden))
+        logits: Tensor = self.output_projection(self.run_layers(hidden, key_padding_mask))
         return logits
 
     @torch.no_grad()

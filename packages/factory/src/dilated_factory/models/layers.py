@@ -104,7 +104,8 @@ class DilatedTransformerEncoderLayer(nn.Module):
         segment_lengths, dilation_rates: the pattern, one pair a branch, in tokens.
         ffn_dim: hidden channels of the feed-forward; 4 * embed_dim where None.
         dropout: probability on what each half adds to the residual stream.
-        attention_dropout: probability on the attention weights.
+        attention_dropout: probability on the attention weights, while training; their kernel is then "math", which
+            alone drops.
         activation_dropout: probability on the feed-forward's hidden channels.
         drop_path: probability that a sample skips a half (stochastic depth, arXiv 1603.09382).
         activation: "gelu", "relu" or "silu".
@@ -197,14 +198,19 @@ class DilatedTransformerEncoderLayer(nn.Module):
         self.dropout = nn.Dropout(_probability("dropout", dropout))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, hidden: Tensor) -> Tensor:
+    def forward(self, hidden: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Hidden states (batch, seq, embed_dim) to the same shape and dtype.
 
+        Args:
+            hidden: the states.
+            key_padding_mask: (batch, seq), bool, True where a position is padding, as nn.TransformerEncoderLayer's
+                src_key_padding_mask: no row attends it. Rows of padding come out finite and mean nothing.
+
         Raises:
-            TypeError, ValueError: hidden is not floating or not of that shape.
+            TypeError, ValueError: hidden is not floating or not of that shape; the mask is not bool or does not fit.
         """
         check_hidden(hidden, self.embed_dim)
-        attended, _ = self.self_attn(self.self_attn_layer_norm(hidden))
+        attended, _ = self.self_attn(self.self_attn_layer_norm(hidden), key_padding_mask=key_padding_mask)
         hidden = hidden + self.drop_path(self.dropout(attended))
         fed = self.ffn(self.final_layer_norm(hidden))
         output: Tensor = hidden + self.drop_path(self.dropout(fed))

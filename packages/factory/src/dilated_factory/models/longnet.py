@@ -74,11 +74,14 @@ class DilatedStack(nn.Module):
         )
         self.layer_norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps, device=device, dtype=dtype)
 
-    def run_layers(self, hidden: Tensor) -> Tensor:
-        """Hidden states (batch, seq, embed_dim) through every layer and the final norm."""
+    def run_layers(self, hidden: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+        """Hidden states (batch, seq, embed_dim) through every layer and the final norm; True in the mask is padding."""
         recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
         for layer in self.layers:
-            hidden = checkpoint(layer, hidden, use_reentrant=False) if recompute else layer(hidden)
+            if recompute:
+                hidden = checkpoint(layer, hidden, key_padding_mask, use_reentrant=False)
+            else:
+                hidden = layer(hidden, key_padding_mask)
         normalised: Tensor = self.layer_norm(hidden)
         return normalised
 
@@ -127,11 +130,17 @@ class LongNet(DilatedStack):
             embed_dim, num_heads, num_layers, segment_lengths, dilation_rates, positions=positions, **options
         )
 
-    def forward(self, embeddings: Tensor) -> Tensor:
+    def forward(self, embeddings: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
         """Embeddings (batch, seq, embed_dim) to hidden states of the same shape and dtype.
 
+        Args:
+            embeddings: shorter sequences of a batch padded on the right, so that segments start where they would alone.
+            key_padding_mask: (batch, seq), bool, True where a position is padding, as nn.TransformerEncoder's
+                src_key_padding_mask. The others come out as without the padding (not under semantics="torchscale",
+                whose zero keys depend on the padded length); what the padding itself comes out as means nothing.
+
         Raises:
-            TypeError, ValueError: embeddings is not floating or not of that shape.
+            TypeError, ValueError: embeddings is not floating or not of that shape; the mask is not bool or does not fit.
         """
         check_hidden(embeddings, self.embed_dim)
-        return self.run_layers(embeddings)
+        return self.run_layers(embeddings, key_padding_mask)
