@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,34 @@ def training(run: Callable[..., Tensor], qkv: list[Tensor], cotangent: Tensor) -
     return lambda: torch.autograd.grad(run(*leaves), leaves, cotangent)
 
 
+def kernel_share(run: Callable[[], object], kernel: kernels.Kernel) -> float:
+    """Share of one run's wall time that is spent inside the kernel's calls: what no plan and no merge can improve."""
+    inside = 0.0
+
+    def timed(method: Callable[..., object]) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            nonlocal inside
+            started = time.perf_counter()
+            try:
+                return method(*arguments)
+            finally:
+                inside += time.perf_counter() - started
+
+        return call
+
+    own = type(kernel)
+    methods = {name: getattr(own, name) for name in ("forward", "backward")}
+    try:
+        for name, method in methods.items():
+            setattr(own, name, timed(method))
+        started = time.perf_counter()
+        run()
+        return inside / (time.perf_counter() - started)
+    finally:
+        for name, method in methods.items():
+            setattr(own, name, method)
+
+
 def measure_one(seq: int, dtype: torch.dtype, device: torch.device, repeats: int, backward: bool) -> dict[str, object]:
     """One row of the table."""
     *qkv, cotangent = (torch.randn(BATCH, seq, HEADS, HEAD_DIM, device=device).to(dtype) for _ in range(4))
@@ -114,6 +143,8 @@ def measure_one(seq: int, dtype: torch.dtype, device: torch.device, repeats: int
         for name, run in runs.items()
         if name != "dense"
     }
+    kernel = kernels.choose("auto", device, dtype, HEAD_DIM)
+    share = kernel_share(runs["ours"], kernel) if device.type == "cpu" else None
     # The checks have warmed all up. One dense run at 32k takes up to two minutes.
     times = measure.interleaved(runs, repeats=repeats, warmup=0, enough=ENOUGH_SECONDS)
     passes = 3.5 if backward else 1.0  # backward: five matrix products where forward has two
@@ -127,7 +158,8 @@ def measure_one(seq: int, dtype: torch.dtype, device: torch.device, repeats: int
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "pass": "forward+backward" if backward else "forward",
-        "kernel": kernels.choose("auto", device, dtype, HEAD_DIM).name,
+        "kernel": kernel.name,
+        "kernel_share": share,
         "deviation_from_oracle": deviations,
         "seconds": {name: timing.seconds for name, timing in times.items()},
         "median": {name: timing.median for name, timing in times.items()},
@@ -147,17 +179,19 @@ def table(rows: list[dict[str, object]]) -> str:
     """The rows as Markdown."""
     lines = [
         (
-            "| tokens | dtype | threads | pass | ours, s (spread) | dense, s | rate to dense's "
-            "| over dense (FLOP ratio) | over torchscale | extra memory: ours, torchscale |"
+            "| tokens | dtype | threads | pass | ours, s (spread) | kernel (share of time) | dense, s "
+            "| rate to dense's | over dense (FLOP ratio) | over torchscale | extra memory: ours, torchscale |"
         ),
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         median, spread, memory = row["median"], row["spread"], row["extra_memory_in_outputs"]
         over = row["speedup_over_torchscale"]
+        share = "-" if row["kernel_share"] is None else f"{row['kernel_share']:.0%}"
         lines.append(
             f"| {row['seq']} | {row['dtype']} | {row['threads']} | {row['pass']} "
-            f"| {median['ours']:.3f} ({spread['ours']:.0%}) | {median['dense']:.3f} | {row['flop_rate_to_dense']:.2f} "
+            f"| {median['ours']:.3f} ({spread['ours']:.0%}) | {row['kernel']} ({share}) "
+            f"| {median['dense']:.3f} | {row['flop_rate_to_dense']:.2f} "
             f"| {row['speedup_over_dense']:.2f} ({row['flop_ratio_to_dense']:.2f}) "
             f"| {'-' if over is None else f'{over:.2f}'} "
             f"| {memory['ours']:.2f}, {'-' if over is None else format(memory['torchscale'], '.2f')} |"
@@ -175,7 +209,8 @@ def report(rows: list[dict[str, object]], environment: dict[str, object]) -> str
         f"rates {list(PATTERN.dilation_rates)}.\n\n"
         "Each row was checked against the float64 oracle in the same run before it was timed. Times are medians of "
         "interleaved repeats (fewer where one run takes over ten seconds), the spread is the interquartile range over "
-        "the median. *Rate to dense's* is FLOP/s of ours over FLOP/s of dense SDPA. *Extra memory* is the peak beyond "
+        "the median. *Kernel*: which one attends the tiles, and its share of one run's time. *Rate to dense's* is "
+        "FLOP/s of ours over FLOP/s of dense SDPA. *Extra memory* is the peak beyond "
         "inputs and results, in units of the output; for forward+backward the results are the output and three "
         "gradients.\n\n" + table(rows) + "\n"
     )

@@ -102,6 +102,18 @@ def test_products_keep_large_scores() -> None:
     assert errors[0] <= 2 * errors[1]
 
 
+def test_auto_takes_products_with_one_thread_only() -> None:
+    if reason := kernels.survey(CPU, torch.bfloat16, 64)["cpu_matmul"]:
+        pytest.skip(reason)
+    threads = torch.get_num_threads()
+    try:
+        for count, name in ((1, "cpu_matmul"), (2, "cpu_flash")):
+            torch.set_num_threads(count)
+            assert kernels.choose("auto", CPU, torch.bfloat16, 64).name == name
+    finally:
+        torch.set_num_threads(threads)
+
+
 def test_small_problems_go_to_flash() -> None:
     query = torch.randn(1, 2, 16, 8).bfloat16()
     problem = Problem(query, query, query, is_causal=False, scale=1.0)
@@ -156,13 +168,11 @@ def test_a_missing_private_operator_is_a_reason_not_a_crash(monkeypatch: pytest.
 
     monkeypatch.setattr(cpu_flash.torch, "ops", NoOperators)
     cpu_flash._fault.cache_clear()
-    kernels.choose.cache_clear()
     try:
         assert "has no aten::_scaled_dot_product" in str(kernels.survey(CPU, torch.float32, 8)["cpu_flash"])
         assert kernels.choose("auto", CPU, torch.float32, 8).name == "math"
     finally:
         cpu_flash._fault.cache_clear()
-        kernels.choose.cache_clear()
 
 
 def test_a_wrong_private_operator_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,6 +31,10 @@ class CPUFlash:
             return f"it runs on the CPU, not on {device.type}"
         return NO_DROPOUT if needs.dropout else _fault(dtype)
 
+    def recommended(self) -> bool:
+        """Always."""
+        return True
+
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Return (out, lse) of the tile."""
         query, key, value, is_causal, scale, *_ = problem

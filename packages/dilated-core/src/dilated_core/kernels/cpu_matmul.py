@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -41,10 +42,13 @@ class CPUMatmul:
             return f"it takes bfloat16, not {dtype}"
         if needs.dropout:
             return NO_DROPOUT
-        capabilities = torch.cpu.get_capabilities()
-        if not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+        if not _multiplies_bfloat16():
             return "this CPU has no native bfloat16 products (avx512_bf16 or amx_bf16)"
         return _FLASH.refusal(device, dtype, head_dim, needs)
+
+    def recommended(self) -> bool:
+        """With one thread. More must meet after each of its many operations, and wait where a core has other work."""
+        return torch.get_num_threads() == 1
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Return (out, lse) of the tile."""
@@ -80,6 +84,12 @@ class CPUMatmul:
 
 
 _FLASH = CPUFlash()
+
+
+@cache
+def _multiplies_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def _pays(problem: Problem) -> bool:

@@ -59,6 +59,10 @@ class CUDAFlash:
         """Why it cannot run here: device, dtype, head_dim or compute capability."""
         return _half_precision_refusal(device, dtype, head_dim, needs, FLASH_MAX_HEAD_DIM)
 
+    def recommended(self) -> bool:
+        """Always."""
+        return True
+
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Return (out, lse) of the tile."""
         query, key, value, is_causal, scale, *_ = problem
@@ -89,6 +93,10 @@ class CUDACuDNN:
         if reason is None and not torch.backends.cudnn.is_available():
             return "cuDNN is not available here"
         return reason
+
+    def recommended(self) -> bool:
+        """Always."""
+        return True
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Return (out, lse) of the tile."""
@@ -128,6 +136,10 @@ class CUDAEfficient:
         if head_dim % alignment:
             return f"it takes a head_dim that is a multiple of {alignment} in {dtype}, not {head_dim}"
         return None
+
+    def recommended(self) -> bool:
+        """Always."""
+        return True
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Return (out, lse) of the tile."""

@@ -29,6 +29,10 @@ class Math:
         """None: it runs everywhere."""
         return None
 
+    def recommended(self) -> bool:
+        """Always."""
+        return True
+
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Return (out, lse) of the tile."""
         with torch.autocast(problem.query.device.type, enabled=False):  # which would round float32 matrix products

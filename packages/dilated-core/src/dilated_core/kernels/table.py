@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -28,6 +27,9 @@ class Kernel(Protocol):
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs) -> str | None:
         """Why this kernel cannot run such tensors here; None where it can."""
+
+    def recommended(self) -> bool:
+        """Whether "auto" should take it, here and now, where it does not refuse."""
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Return (out, lse) of the tile."""
@@ -59,9 +61,8 @@ def survey(device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs
     return {kernel.name: kernel.refusal(device, dtype, head_dim, needs) for kernel in _TABLE}
 
 
-@lru_cache(maxsize=256)
 def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs = NO_NEEDS) -> Kernel:
-    """Return the kernel called ``name``, or for "auto" the first one that can run such tensors.
+    """Return the kernel called ``name``, or for "auto" the first recommended one that can run such tensors.
 
     Raises:
         ValueError: an unknown name, or a kernel that cannot run them; the message says why.
@@ -70,7 +71,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, n
     'math'
     """
     for kernel in _TABLE:
-        if name in ("auto", kernel.name):
+        if name == kernel.name or (name == "auto" and kernel.recommended()):
             reason = kernel.refusal(device, dtype, head_dim, needs)
             if reason is None:
                 return kernel
