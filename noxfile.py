@@ -240,6 +240,17 @@ def bench(session: nox.Session, package: Package) -> None:
 
 
 @nox.session(default=False)
+@each_package
+def fuzz(session: nox.Session, package: Package) -> None:
+    """Thousands of random configurations against the definition, new ones at every run (FUZZ_EXAMPLES=2000)."""
+    constraints = pin_wheels(session, package)
+    install(session, package.name, *group("test", package), constraints=constraints)
+    # pytest exits with 5 where no test is marked fuzz.
+    marked = ["-m", "fuzz", str(package.folder / "tests")]
+    pytest(session, f"{package.folder.name}-fuzz", *marked, success_codes=[0, 5])
+
+
+@nox.session(default=False)
 def interop(session: nox.Session) -> None:
     """What the peers compute: torchscale's and dilated-attention-pytorch's own code beside ours.
 
