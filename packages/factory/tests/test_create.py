@@ -158,6 +158,7 @@ def test_kernel_is_foreseen_where_it_can_be() -> None:
     cpu = make("multihead", device="cpu").decision
     assert cpu.kernel in ("cpu_flash", "math")
     assert "torch.float32 with head_dim 4 on cpu" in str(cpu)
+    assert '"math" while training' in str(make("multihead", device="cpu", dropout=0.1).decision)
     if not torch.cuda.is_available():
         fallback = make("multihead", hardware=Hardware("cuda")).decision
         assert fallback.kernel == "math"

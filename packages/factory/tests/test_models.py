@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 
 from dilated_factory.models import (
@@ -77,6 +79,57 @@ def test_shapes(batch: int, length: int) -> None:
     assert encoder()(torch.zeros(batch, length, EMBED)).shape == (batch, length, EMBED)
 
 
+# ------------------------------------------------------------------------------------------- padding
+
+REAL = (61, 40, 7, 1)  # tokens of each sequence in a batch of 61
+
+
+def padding(lengths: tuple[int, ...]) -> Tensor:
+    """(batch, seq), True where a position is padding."""
+    return torch.arange(max(lengths)) >= torch.tensor(lengths)[:, None]
+
+
+@pytest.mark.parametrize("positions", ["none", "rotary"])
+@pytest.mark.parametrize("semantics", ["paper", "grouped"])
+def test_an_encoders_real_rows_do_not_know_of_the_padding(semantics: str, positions: str) -> None:
+    """Whatever the padding holds."""
+    model = encoder(semantics=semantics, positions=positions, dtype=torch.float64)
+    embeddings = torch.randn(len(REAL), max(REAL), EMBED, dtype=torch.float64)
+    together = model(embeddings, padding(REAL))
+    other = model(embeddings.masked_fill(padding(REAL).unsqueeze(-1), 1e3), padding(REAL))
+    for row, length in enumerate(REAL):
+        alone = model(embeddings[row : row + 1, :length])[0]
+        for hidden in (together, other):
+            assert torch.allclose(hidden[row, :length], alone, rtol=0, atol=1e-10)
+    assert together.isfinite().all()
+
+
+def test_gradients_do_not_know_of_the_padding() -> None:
+    model = encoder(dtype=torch.float64)
+    embeddings, cotangent = torch.randn(2, len(REAL), max(REAL), EMBED, dtype=torch.float64).unbind()
+    cotangent.masked_fill_(padding(REAL).unsqueeze(-1), 0.0)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    together = torch.autograd.grad(model(embeddings, padding(REAL)), parameters, cotangent)
+    alone = [torch.zeros_like(parameter) for parameter in parameters]
+    for row, length in enumerate(REAL):
+        single = (slice(row, row + 1), slice(length))
+        for total, grad in zip(
+            alone, torch.autograd.grad(model(embeddings[single]), parameters, cotangent[single]), strict=True
+        ):
+            total += grad
+    for name, found, expected in zip(names, together, alone, strict=True):
+        assert torch.allclose(found, expected, rtol=0, atol=1e-10), name
+
+
+@pytest.mark.parametrize("positions", ["xpos", "rotary", "none"])
+def test_a_language_model_takes_padding_on_the_right(positions: str) -> None:
+    model = language_model(positions=positions, dtype=torch.float64)
+    ids = tokens(len(REAL), max(REAL))
+    together = model(ids, padding(REAL))
+    for row, length in enumerate(REAL):
+        assert torch.allclose(together[row, :length], model(ids[row : row + 1, :length])[0], rtol=0, atol=1e-10)
+
+
 def test_no_tokens_no_logits() -> None:
     assert language_model()(torch.zeros(1, 0, dtype=torch.int64)).shape == (1, 0, VOCAB)
 
@@ -96,23 +149,76 @@ def test_every_parameter_has_a_gradient(tie: bool) -> None:
 
 def test_checkpointing_changes_memory_not_gradients() -> None:
     gradients = []
+    options = {"dropout": 0.1, "attention_dropout": 0.2, "dtype": torch.float64}
     for checkpointed in (False, True):
-        model = language_model(checkpoint_activations=checkpointed, dropout=0.1, dtype=torch.float64)
+        model = language_model(checkpoint_activations=checkpointed, **options)
         torch.manual_seed(5)
-        logits = model(tokens(1, 40))
+        logits = model(tokens(2, 40), padding((40, 33)))
         logits.backward(torch.ones_like(logits) / 7)
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-12, atol=1e-14), name
 
 
-def test_compiles_whole_with_the_same_logits() -> None:
-    model = language_model(dtype=torch.float64)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    expected, found = model(tokens(1, 40)), compiled(tokens(1, 40))
-    assert torch.allclose(expected, found, rtol=1e-12, atol=1e-12)
-    found.backward(torch.ones_like(found))
-    assert model.embed_tokens.weight.grad is not None
+DROPPING = {"dropout": 0.1, "attention_dropout": 0.2, "checkpoint_activations": True}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("backend", "lengths"), [("aot_eager", (40, 57, 64)), ("inductor", (40, 40, 40))], ids=str)
+def test_training_with_a_compiled_loss_is_training(backend: str, lengths: tuple[int, ...]) -> None:
+    """Three steps, the forward pass and the loss in one graph: the losses of eager steps."""
+    losses: dict[bool, list[float]] = {}
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = language_model(**DROPPING)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+
+        def loss_of(text: Tensor, model: LongNetLM = model) -> Tensor:
+            return functional.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
+
+        call = torch.compile(loss_of, fullgraph=True, backend=backend) if compiled else loss_of
+        torch.manual_seed(5)
+        losses[compiled] = []
+        # torch's own generator in inductor's kernels too, so that both drop the same.
+        with torch._inductor.config.patch(fallback_random=True):
+            for length in lengths:
+                loss = call(tokens(2, length))
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses[compiled].append(loss.item())
+    assert losses[True] == pytest.approx(losses[False], rel=1e-5)
+
+
+@pytest.fixture
+def _a_group_of_one() -> Iterator[None]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_a_group_of_one")
+def test_sharded_layers_have_the_same_gradients() -> None:
+    """FSDP2, a unit a layer, as it is applied to such models; with a mask, and layers computed again in backward."""
+    gradients = []
+    for sharded in (False, True):
+        model = language_model(checkpoint_activations=True, dtype=torch.float64)
+        if sharded:
+            for module in (*model.layers, model):
+                fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+        logits = model(tokens(2, 40), padding((40, 33)))
+        logits.backward(torch.ones_like(logits) / 7)
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[1].items():
+        assert torch.allclose(gradient.full_tensor(), gradients[0][name], rtol=1e-12, atol=1e-14), name
+
+
+def test_a_compiled_loss_is_one_graph() -> None:
+    torch._dynamo.reset()
+    model = language_model(**DROPPING)
+    explained = torch._dynamo.explain(lambda text: functional.cross_entropy(model(text).flatten(0, 1), text.flatten()))
+    found = explained(tokens(2, 40))
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
 
 
 # ------------------------------------------------------------------------------------------- beginning
@@ -202,8 +308,9 @@ def test_drop_path_grows_with_depth_and_acts_in_training_only() -> None:
     assert torch.equal(drop_path.eval()(update), update)
 
 
-def test_dropout_acts_in_training_only() -> None:
-    model = language_model(dropout=0.5, activation_dropout=0.5)
+@pytest.mark.parametrize("name", ["dropout", "attention_dropout", "activation_dropout"])
+def test_dropout_acts_in_training_only(name: str) -> None:
+    model = language_model(**{name: 0.5})
     ids = tokens(1, 20)
     assert not torch.equal(model(ids), model(ids))
     model.eval()
@@ -211,8 +318,10 @@ def test_dropout_acts_in_training_only() -> None:
 
 
 def test_grouped_heads_and_the_factorys_options_pass_through() -> None:
-    model = language_model(kv_heads=1, kernel="math", attention_type="standard", sequence_length=64)
+    options = {"kernel": "math", "semantics": "grouped", "attention_type": "standard", "sequence_length": 64}
+    model = language_model(kv_heads=1, **options)
     attention = model.layers[0].self_attn
+    assert (attention.attention.kernel, attention.attention.semantics) == ("math", "grouped")
     assert attention.k_proj.weight.shape == (EMBED // HEADS, EMBED)
     assert (attention.decision.attention_type, attention.decision.kernel) == ("standard", "math")
     model(tokens(1, 40))
@@ -275,6 +384,25 @@ def test_greedy_generation_is_the_argmax_of_the_whole_prefix() -> None:
     assert torch.equal(model.generate(text, 0), text)
 
 
+@pytest.mark.parametrize("options", [{}, {"kv_heads": 1, "semantics": "grouped"}, {"positions": "none"}], ids=str)
+def test_decoding_gives_the_logits_of_the_whole(options: dict[str, object]) -> None:
+    """Across the ends of segments, and one row at a time."""
+    model = language_model(dtype=torch.float64, **options).eval()
+    seen, found = [], []
+    model.embed_tokens.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    model.output_projection.register_forward_hook(lambda _, inputs, logits: found.append(logits))
+    text = model.generate(tokens(2, 21), 40, temperature=0)
+    assert seen == [21] + 39 * [1]
+    decoded = torch.cat(found, dim=1)
+    assert torch.allclose(decoded, model(text[:, :-1]), rtol=0, atol=1e-10)
+
+
+def test_generates_under_autocast() -> None:
+    model = language_model()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model.generate(tokens(1, 5), 4, temperature=0).shape == (1, 9)
+
+
 def test_top_k_1_is_greedy() -> None:
     model = language_model()
     prompt = tokens(1, 4)
@@ -320,6 +448,9 @@ HIDDEN = torch.zeros(1, 4, EMBED)
         (lambda: DilatedTransformerDecoderLayer(16, 2, [8], [1])(IDS), TypeError, "hidden: expected a floating-point"),
         (lambda: encoder()(HIDDEN[0]), ValueError, r"hidden: expected \(batch, seq, embed_dim=16\), got \(4, 16\)"),
         (lambda: encoder()(HIDDEN[..., :8]), ValueError, r"hidden: expected .*got \(1, 4, 8\)"),
+        (lambda: encoder()(HIDDEN, HIDDEN[..., 0]), TypeError, "key_padding_mask: expected a bool tensor"),
+        (lambda: encoder()(HIDDEN, IDS[:, :3].bool()), ValueError, r"key_padding_mask: .*= \(1, 4\), got \(1, 3\)"),
+        (lambda: encoder(semantics="latex"), ValueError, "semantics: expected one of .*'torchscale'"),
         (lambda: encoder()(None), TypeError, "hidden: expected a floating-point tensor, got NoneType"),
         (
             lambda: language_model()(IDS.float()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cmath
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -30,6 +31,29 @@ def test_scores_depend_on_the_distance_only(positions: RotaryPositions, length: 
     for distance in {0, 1, length // 2, length - 1} - {length}:
         along = scores.diagonal(-distance)
         assert torch.allclose(along, along[0].expand_as(along), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("positions", [RotaryPositions(HEAD_DIM), XPOSPositions(HEAD_DIM)], ids=["rotary", "xpos"])
+def test_parts_score_as_the_whole(positions: RotaryPositions, dtype: torch.dtype) -> None:
+    """A prompt, single tokens, a chunk: each with its start."""
+    query, key = torch.randn(2, 1, 301, 1, HEAD_DIM, dtype=dtype)
+    cuts = [0, 200, 201, 202, 301]
+    parts = [positions(query[:, a:b], key[:, a:b], start=a) for a, b in pairwise(cuts)]
+    whole, joined = positions(query, key), [torch.cat(side, dim=1) for side in zip(*parts, strict=True)]
+    scores, expected = (torch.einsum("bnhd,bmhd->nm", *pair).tril() for pair in (joined, whole))
+    # float64 reaches factors of e^355, which its exponents round to 355 eps.
+    assert torch.allclose(scores, expected, rtol=0, atol={torch.float64: 1e-11, torch.float32: 1e-5}[dtype])
+
+
+def test_xpos_parts_may_reach_the_longest_and_no_further() -> None:
+    positions, rows = XPOSPositions(2), torch.ones(1, 1, 1, 2)
+    longest = positions.longest(torch.float32)
+    for start in (0, longest - 1):
+        query, key = positions(rows, rows, start=start)
+        assert torch.isclose((query.double() * key.double()).sum(), torch.tensor(2.0, dtype=torch.float64))
+    with pytest.raises(ValueError, match=f"{longest + 1} tokens are too many"):
+        positions(rows, rows, start=longest)
 
 
 def test_rotary_is_a_complex_phase() -> None:
@@ -123,6 +147,7 @@ def test_gradient_is_the_turn_undone() -> None:
         (lambda: RotaryPositions(8)(torch.zeros(1, 3, 8), torch.zeros(1, 3, 8)), r"query: expected .*got \(1, 3, 8\)"),
         (lambda: RotaryPositions(8)(torch.zeros(1, 3, 1, 8), torch.zeros(1, 3, 1, 4)), r"key: expected .*head_dim=8"),
         (lambda: RotaryPositions(8)(torch.zeros(1, 3, 1, 8), torch.zeros(1, 4, 1, 8)), "key: .*seq 3, got seq 4"),
+        (lambda: RotaryPositions(8)(*torch.zeros(2, 1, 3, 1, 8), start=-1), "start: expected a position.*got -1"),
     ],
 )
 def test_errors_name_the_argument(create: object, message: str) -> None:

@@ -56,7 +56,7 @@ def attend(
     checks.boolean("is_causal", is_causal)
     checks.kernel(kernel)
     query, key, value = checks.query_key_value(query, key, value, same_length=is_causal)
-    scale = checks.softmax_scale(scale, query.shape[-1])
+    query, scale = checks.query_and_scale(query, scale)
     real = checks.key_padding_mask(key_padding_mask, key)
     dropout_p = checks.probability("dropout_p", dropout_p)
     seed = dropout_seed(dropout_p, generator)

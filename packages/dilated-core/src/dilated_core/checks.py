@@ -134,6 +134,16 @@ def softmax_scale(scale: object, head_dim: int, name: str = "scale") -> float:
     return float(scale)
 
 
+def query_and_scale(query: Tensor, scale: object) -> tuple[Tensor, float]:
+    """Return ``softmax_scale`` above 0, and the query with its sign: the stock kernels, which mask causal scores with
+    -inf before they scale them, give NaN for 0 or less (found on the CPU, torch 2.11 and 2.13).
+    """
+    factor = softmax_scale(scale, query.shape[-1])
+    if factor > 0.0:
+        return query, factor
+    return (-query, -factor) if factor < 0.0 else (query * 0.0, 1.0)
+
+
 def _tensor(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")

@@ -171,7 +171,7 @@ def dilated_attention(
     query, key, value = checks.query_key_value(query, key, value, same_length=True, enable_gqa=enable_gqa)
     real = checks.key_padding_mask(key_padding_mask, key)
     cu_seqlens = checks.cu_seqlens(cu_seqlens, query)
-    scale = checks.softmax_scale(scale, query.shape[-1])
+    query, scale = checks.query_and_scale(query, scale)
     options = Options(lengths, rates, semantics, is_causal, scale, dropout_p, kernel)
     if fused:
         extras = Extras(real, cu_seqlens, dropout_seed(dropout_p, generator))

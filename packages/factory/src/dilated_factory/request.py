@@ -133,6 +133,8 @@ class Request:
         if name == "math":
             refusals = [f"{one}: {no}" for one, no in kernels.survey(device, dtype, head_dim).items() if no]
             why += f" (the fallback; {'; '.join(refusals)})"
+        elif self.options.get("dropout"):
+            why += '; "math" while training, which alone drops attention weights'
         return name, why
 
 

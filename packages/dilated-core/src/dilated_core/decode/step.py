@@ -75,7 +75,8 @@ def decode_step(
     checks.kernel(kernel)
     query, key, value = _check_tensors(query, key, value, cache)
     batch, seq, _, head_dim = query.shape
-    engine = Engine(choose(kernel, query.device, query.dtype, head_dim), checks.softmax_scale(scale, head_dim))
+    query, factor = checks.query_and_scale(query, scale)
+    engine = Engine(choose(kernel, query.device, query.dtype, head_dim), factor)
     counts = [seq] * batch if lengths is None else integers("lengths", lengths, seq, count=batch)
     cache.check_advance(counts)
     groups = cache.groups(counts)

@@ -1,6 +1,6 @@
 """LongNetLM: a causal language model of dilated layers (arXiv 2307.02486): token ids to logits, and plain sampling.
 
-May import torch and this package's models only.
+May import torch, dilated_core and this package's models.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dilated_core import DilatedKVCache
 from dilated_factory.models.initialisation import initialise_embedding
 from dilated_factory.models.layers import DilatedTransformerDecoderLayer
 from dilated_factory.models.longnet import DilatedStack
@@ -100,9 +101,14 @@ class LongNetLM(DilatedStack):
         Raises:
             TypeError, ValueError: tokens is not an integer tensor of that shape; the mask is not bool or does not fit.
         """
+        return self._logits(tokens, key_padding_mask)
+
+    def _logits(
+        self, tokens: Tensor, key_padding_mask: Tensor | None = None, caches: list[DilatedKVCache] | None = None
+    ) -> Tensor:
         self._check_tokens("tokens", tokens)
         hidden = self.embedding_dropout(self.embed_tokens(tokens) * math.sqrt(self.embed_dim))
-        logits: Tensor = self.output_projection(self.run_layers(hidden, key_padding_mask))
+        logits: Tensor = self.output_projection(self.run_layers(hidden, key_padding_mask, caches))
         return logits
 
     @torch.no_grad()
@@ -118,8 +124,9 @@ class LongNetLM(DilatedStack):
     ) -> Tensor:
         """Appends `max_new_tokens` sampled tokens to `prompt`, in eval mode, the model's own mode restored after.
 
-        Every token costs a whole forward pass over what the model may see. `window` bounds that: what is seen then
-        starts anew, half a window back, each time it is full, so that segments keep starting where they did.
+        A token costs what attending the keys it reaches costs: each layer keeps those in a cache. With a `window` or
+        under autocast it costs a whole forward pass over what is seen; a window starts anew, half of it back, each time
+        it is full, so that segments keep starting where they did.
 
         Args:
             prompt: token ids (batch, seq >= 1).
@@ -159,14 +166,25 @@ class LongNetLM(DilatedStack):
         self.eval()
         try:
             tokens = prompt
+            caches = self._new_caches(prompt) if window is None else None
             for _ in range(max_new_tokens):
-                start = _window_start(tokens.shape[1], window)
-                logits = self(tokens[:, start:])[:, -1].float()
+                if caches is None:
+                    logits = self(tokens[:, _window_start(tokens.shape[1], window) :])
+                else:
+                    logits = self._logits(tokens if tokens is prompt else tokens[:, -1:], caches=caches)
+                logits = logits[:, -1].float()
                 chosen = _choose(logits, temperature, top_k, generator)
                 tokens = torch.cat((tokens, chosen.to(tokens.dtype)), dim=1)
         finally:
             self.train(was_training)
         return tokens
+
+    def _new_caches(self, prompt: Tensor) -> list[DilatedKVCache] | None:
+        """One empty cache a layer; None where a layer's type has none, or autocast would give keys another dtype."""
+        attentions: list[Any] = [layer.self_attn for layer in self.layers]
+        if torch.is_autocast_enabled(prompt.device.type) or not all(hasattr(each, "new_cache") for each in attentions):
+            return None
+        return [each.new_cache(prompt.shape[0]) for each in attentions]
 
     def _check_tokens(self, name: str, tokens: Tensor) -> None:
         if not isinstance(tokens, Tensor) or tokens.dtype not in _ID_DTYPES:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dilated_core import DilatedKVCache
 from dilated_factory.create import create_multihead_dilated_attention
 from dilated_factory.models.initialisation import initialise_linear
 from dilated_factory.models.positions import XPOSPositions
@@ -198,19 +199,25 @@ class DilatedTransformerEncoderLayer(nn.Module):
         self.dropout = nn.Dropout(_probability("dropout", dropout))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, hidden: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, key_padding_mask: Tensor | None = None, cache: DilatedKVCache | None = None
+    ) -> Tensor:
         """Hidden states (batch, seq, embed_dim) to the same shape and dtype.
 
         Args:
             hidden: the states.
             key_padding_mask: (batch, seq), bool, True where a position is padding, as nn.TransformerEncoderLayer's
                 src_key_padding_mask: no row attends it. Rows of padding come out finite and mean nothing.
+            cache: of self_attn.new_cache: hidden follows the states it has seen, and is added to it. For causal layers.
 
         Raises:
             TypeError, ValueError: hidden is not floating or not of that shape; the mask is not bool or does not fit.
         """
         check_hidden(hidden, self.embed_dim)
-        attended, _ = self.self_attn(self.self_attn_layer_norm(hidden), key_padding_mask=key_padding_mask)
+        # Types that others register may know no cache: they are asked for it only where there is one.
+        options = {} if cache is None else {"cache": cache}
+        normalised = self.self_attn_layer_norm(hidden)
+        attended, _ = self.self_attn(normalised, key_padding_mask=key_padding_mask, **options)
         hidden = hidden + self.drop_path(self.dropout(attended))
         fed = self.ffn(self.final_layer_norm(hidden))
         output: Tensor = hidden + self.drop_path(self.dropout(fed))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dilated_core import DilatedKVCache
 from dilated_factory.models.initialisation import magneto_gain
 from dilated_factory.models.layers import (
     DilatedTransformerEncoderLayer,
@@ -74,14 +75,22 @@ class DilatedStack(nn.Module):
         )
         self.layer_norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps, device=device, dtype=dtype)
 
-    def run_layers(self, hidden: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:
-        """Hidden states (batch, seq, embed_dim) through every layer and the final norm; True in the mask is padding."""
+    def run_layers(
+        self,
+        hidden: Tensor,
+        key_padding_mask: Tensor | None = None,
+        caches: Sequence[DilatedKVCache] | None = None,
+    ) -> Tensor:
+        """Hidden states (batch, seq, embed_dim) through every layer and the final norm.
+
+        True in the mask is padding; of ``caches``, one a layer, each is added to.
+        """
         recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
-        for layer in self.layers:
+        for depth, layer in enumerate(self.layers):
             if recompute:
                 hidden = checkpoint(layer, hidden, key_padding_mask, use_reentrant=False)
             else:
-                hidden = layer(hidden, key_padding_mask)
+                hidden = layer(hidden, key_padding_mask, None if caches is None else caches[depth])
         normalised: Tensor = self.layer_norm(hidden)
         return normalised
 
@@ -140,7 +149,7 @@ class LongNet(DilatedStack):
                 whose zero keys depend on the padded length); what the padding itself comes out as means nothing.
 
         Raises:
-            TypeError, ValueError: embeddings is not floating or not of that shape; the mask is not bool or does not fit.
+            TypeError, ValueError: embeddings is not floating or not of that shape; the mask is not bool or of another.
         """
         check_hidden(embeddings, self.embed_dim)
         return self.run_layers(embeddings, key_padding_mask)

@@ -57,18 +57,28 @@ class RotaryPositions(nn.Module):
         self.head_dim = head_dim
         self.base = float(base)
 
-    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Query and key (batch, seq, heads, head_dim) of positions 0 to seq - 1, turned; shapes and dtypes kept."""
-        length = self._check(query, key)
+    def forward(self, query: Tensor, key: Tensor, start: int | None = None) -> tuple[Tensor, Tensor]:
+        """Query and key of positions 0 to seq - 1, turned; shapes and dtypes kept.
+
+        Args:
+            query, key: (batch, seq, heads, head_dim).
+            start: for a sequence that comes in parts, the position of this part's first row. The parts, the first with
+                start 0 among them, then score as the whole would. None where the rows are a whole sequence.
+
+        Raises:
+            TypeError, ValueError: shapes that do not fit, or a start that is no position.
+        """
+        positions = self._positions(query, key, start)
         compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-        cos, sin = self._turns(length, query.device, compute)
+        cos, sin = self._turns(positions, compute)
         return _rotate(query, cos, sin), _rotate(key, cos, sin)
 
     def extra_repr(self) -> str:
         """What `print(module)` shows."""
         return f"head_dim={self.head_dim}, base={self.base:g}"
 
-    def _check(self, query: Tensor, key: Tensor) -> int:
+    def _positions(self, query: Tensor, key: Tensor, start: int | None) -> Tensor:
+        """The rows' positions, (seq, 1, 1), exact. Raises TypeError or ValueError."""
         for name, tensor in (("query", query), ("key", key)):
             if tensor.ndim != 4 or tensor.shape[-1] != self.head_dim:
                 raise ValueError(
@@ -77,18 +87,24 @@ class RotaryPositions(nn.Module):
         if query.shape[1] != key.shape[1]:
             raise ValueError(
                 f"key: expected the query's positions, seq {query.shape[1]}, got seq {key.shape[1]}: "
-                "rows are numbered from 0 on both sides"
+                "rows are numbered alike on both sides"
             )
-        return query.shape[1]
-
-    def _turns(self, length: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin of every position's angles, (length, 1, head_dim / 2)."""
-        # float32 resolves an angle of 1e6 rad to 0.06 rad only, hence float64; it is not stored as a buffer because
+        if start is None:
+            start = 0
+        elif isinstance(start, bool) or not isinstance(start, int):
+            raise TypeError(f"start: expected an int or None, got {type(start).__name__}")
+        elif start < 0:
+            raise ValueError(f"start: expected a position, 0 or more, got {start}")
+        # float32 resolves an angle of 1e6 rad to 0.06 rad only, hence float64; nothing is stored as a buffer because
         # module.to(bfloat16) would round it there.
-        exact = _exact_dtype(device)
-        pairs = torch.arange(self.head_dim // 2, device=device, dtype=exact)
+        rows = torch.arange(query.shape[1], device=query.device, dtype=_exact_dtype(query.device))
+        return (rows + start)[:, None, None]
+
+    def _turns(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin of every position's angles, (seq, 1, head_dim / 2)."""
+        pairs = torch.arange(self.head_dim // 2, device=positions.device, dtype=positions.dtype)
         frequencies = torch.exp(pairs * (-2.0 * math.log(self.base) / self.head_dim))
-        angles = torch.arange(length, device=device, dtype=exact)[:, None, None] * frequencies
+        angles = positions * frequencies
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -98,6 +114,7 @@ class XPOSPositions(RotaryPositions):
     With `zeta_j = (2j / head_dim + 0.4) / 1.4`, pair j of the query at n is multiplied by `zeta_j ** (n / scale_base)`
     and of the key at m by its inverse, so that a pair at distance n - m >= 0 counts `zeta_j ** ((n - m) / scale_base)`.
     Positions are counted from the middle of the sequence: the product is the same and the factors reach half as far.
+    (Of a sequence that comes in parts, from the middle of the longest one, which is the same for all of them.)
     They still grow exponentially with the length, so a sequence for which `zeta_0 ** (-seq / scale_base)` leaves the
     range of the dtype is refused. At scale_base 512 the longest is 36,260 tokens in float32 (bfloat16 36,259), 4,532
     in float16 and 290,085 in float64; it grows in proportion to scale_base.
@@ -128,21 +145,22 @@ class XPOSPositions(RotaryPositions):
         """The longest sequence whose scales fit `dtype`, in tokens."""
         return int(math.log(torch.finfo(dtype).max) / self._fastest_decay())
 
-    def forward(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        """Query and key (batch, seq, heads, head_dim) of the same positions, turned and scaled; shapes, dtypes kept."""
-        length = self._check(query, key)
-        if length > self.longest(query.dtype):
+    def forward(self, query: Tensor, key: Tensor, start: int | None = None) -> tuple[Tensor, Tensor]:
+        """As RotaryPositions.forward, and scaled. Raises ValueError too where the sequence becomes too long."""
+        positions = self._positions(query, key, start)
+        length, longest = query.shape[1] + (start or 0), self.longest(query.dtype)
+        if length > longest:
             needed = math.ceil(
                 length * self._fastest_decay() * self.scale_base / math.log(torch.finfo(query.dtype).max)
             )
             raise ValueError(
                 f"query: {length} tokens are too many for XPOS with scale_base={self.scale_base:g} in {query.dtype} "
-                f"(at most {self.longest(query.dtype)}): its scales overflow; use scale_base={needed} or more, a dtype "
+                f"(at most {longest}): its scales overflow; use scale_base={needed} or more, a dtype "
                 "of wider range, or rotary positions"
             )
         compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-        cos, sin = self._turns(length, query.device, compute)
-        scale = self._scales(length, query.device, compute)
+        cos, sin = self._turns(positions, compute)
+        scale = self._scales(positions - (length if start is None else longest) // 2, compute)
         inverse = scale.reciprocal()
         return _rotate(query, cos * scale, sin * scale), _rotate(key, cos * inverse, sin * inverse)
 
@@ -154,12 +172,10 @@ class XPOSPositions(RotaryPositions):
         """-log(zeta_0) / scale_base: what the fastest pair loses per token, in nats."""
         return -math.log(XPOS_GAMMA / (1.0 + XPOS_GAMMA)) / self.scale_base
 
-    def _scales(self, length: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """zeta_j ** (centred position / scale_base), (length, 1, head_dim / 2)."""
-        exact = _exact_dtype(device)
-        pairs = torch.arange(self.head_dim // 2, device=device, dtype=exact)
+    def _scales(self, centred: Tensor, dtype: torch.dtype) -> Tensor:
+        """zeta_j ** (centred position / scale_base), (seq, 1, head_dim / 2)."""
+        pairs = torch.arange(self.head_dim // 2, device=centred.device, dtype=centred.dtype)
         log_zeta = ((2.0 * pairs / self.head_dim + XPOS_GAMMA) / (1.0 + XPOS_GAMMA)).log()
-        centred = torch.arange(length, device=device, dtype=exact)[:, None, None] - length // 2
         return (centred / self.scale_base * log_zeta).exp().to(dtype)
 
 
