@@ -111,6 +111,8 @@ def test_what_differs_in_a_plan_differs_in_its_key() -> None:
         replace(CASE, seq=40),
         replace(CASE, is_causal=True),
         replace(CASE, semantics="grouped"),
+        CASE.meaning("torchscale"),  # whose zero keys only a row that looks ahead meets
+        replace(CASE, is_causal=True).meaning("torchscale"),
         replace(CASE, heads=3),
         replace(CASE, kv_heads=1),
         replace(CASE, segment_lengths=(8, 20, 91)),
