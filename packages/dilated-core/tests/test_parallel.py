@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -37,11 +38,13 @@ def run_on_two(work: Callable[[int, str], None], how: str, folder: Path) -> None
 
 
 def _in_group(rank: int, work: Callable[[int, str], None], how: str, rendezvous: str) -> None:
+    faulthandler.enable()  # should torch crash, this says where
     torch.set_num_threads(1)
     patience = timedelta(seconds=SECONDS / 2)
     distributed.init_process_group("gloo", rendezvous, patience, rank=rank, world_size=PROCESSES)
     try:
         work(rank, how)
+        distributed.barrier()  # so that neither closes its connections while the other still reads from them
     finally:
         distributed.destroy_process_group()
 
