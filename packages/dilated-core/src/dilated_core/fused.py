@@ -6,14 +6,14 @@ gives the exact gradient of the joint softmax (see ``Kernel.backward``). No scor
 of many. How PyTorch comes to call this is told in ``operators``.
 
 Memory beyond the result: tiles are gathered a few segments at a time (a tile the kernel can read in place is not
-gathered at all). Where the result is half precision, its float32 sums exist for half of the heads at a time; where
+gathered at all). Where the result is half precision, its float32 sums exist for a quarter of the heads at a time; where
 heads share keys, for one head of each group at a time, so shared keys are never repeated.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -28,6 +28,9 @@ from dilated_core.resources import NO_RESOURCES, Resources
 # Elements gathered of each tensor at a time. On a CPU 4 MiB of float32: long calls that still lie in the shared cache.
 # On a GPU, calls large enough to fill the card.
 GATHER_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+# Where the result is half precision, its float32 sums exist for one of so many blocks of heads at a time; fewer where
+# all of it is smaller than what is gathered anyway.
+HALF_PRECISION_BLOCKS = 4
 ALL = slice(None)
 
 
@@ -88,7 +91,7 @@ class Span(NamedTuple):
     def parts(self, tiles: list[Tile], tensor: Tensor) -> Iterator[tuple[Tile, slice]]:
         """Cut tiles into (some of the segments, batch rows), each small enough to gather."""
         batch, head_dim = tensor.shape[0], tensor.shape[-1]
-        budget = GATHER_ELEMENTS.get(tensor.device.type, GATHER_ELEMENTS["cuda"])
+        budget = _gather_elements(tensor)
         for tile in tiles:
             segment = tile.heads * tile.rows * head_dim
             segments = min(tile.segments, max(1, budget // segment))
@@ -126,6 +129,10 @@ class Span(NamedTuple):
             padding = ~real.unsqueeze(-1)
             k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
         return Problem(q, k, v, options.is_causal, options.scale, real, dropout)
+
+
+def _gather_elements(tensor: Tensor) -> int:
+    return GATHER_ELEMENTS.get(tensor.device.type, GATHER_ELEMENTS["cuda"])
 
 
 def _at(tensor: Tensor, batch: slice) -> Tensor:
@@ -179,9 +186,11 @@ def _head_blocks(query: Tensor, key: Tensor) -> list[HeadBlock]:
     group = heads // kv_heads
     if group > 1:
         return [HeadBlock(slice(first, heads, group), slice(0, kv_heads)) for first in range(group)]
-    middle = heads if accumulation_dtype(query.dtype) == query.dtype else (heads + 1) // 2
-    halves = [half for half in (slice(0, middle, 1), slice(middle, heads, 1)) if half.start < half.stop]
-    return [HeadBlock(half, half) for half in halves]
+    blocks = 1
+    if accumulation_dtype(query.dtype) != query.dtype:
+        blocks = min(HALF_PRECISION_BLOCKS, heads, -(-query.numel() // _gather_elements(query)))
+    size = -(-heads // blocks)
+    return [HeadBlock(own, own) for own in (slice(at, min(at + size, heads), 1) for at in range(0, heads, size))]
 
 
 def sequence_bounds(cu_seqlens: Tensor, seq_len: int) -> list[tuple[int, int]]:
@@ -250,8 +259,7 @@ def forward(
     for positions, span in spans:
         for block in blocks:
             part = [tensor[:, positions, heads] for tensor, heads in zip(qkv, block.of_qkv(), strict=True)]
-            for result, sums in zip((out, lse), _forward_block(engine, span, block, part), strict=True):
-                result[:, positions, block.queries] = sums
+            _write((out, lse), positions, block.queries, _forward_block(engine, span, block, part))
     return out, lse.transpose(1, 2)
 
 
@@ -259,22 +267,24 @@ def _forward_block(engine: Kernel, span: Span, block: HeadBlock, qkv: list[Tenso
     """out and lse of the block's heads, (batch, seq, heads, ...), in the accumulation dtype."""
     query, span = qkv[0], span.apart(block.queries.start)
     dtype = accumulation_dtype(query.dtype)
+
+    def attend(tile: Tile, batch: slice, number: int) -> tuple[Tensor, Tensor] | None:
+        problem = span.problem(tile, batch, qkv, number)
+        return None if problem is None else _attend(engine, problem, tile.phantoms)
+
     tiles = span.tiles(query.shape[1], block.chosen())
     if _starts_whole(tiles, span, query):
         whole, *tiles = tiles
-        problem = span.problem(whole, ALL, qkv, 0)
-        assert problem is not None
-        out, lse = (_ungather(whole, rows).to(dtype) for rows in _attend(engine, problem, whole.phantoms))
+        out, lse = (_ungather(whole, rows).to(dtype) for rows in attend(whole, ALL, 0) or ())
     else:
         out = span.resources.empty(query.shape, dtype=dtype, device=query.device).zero_()
         lse = span.resources.empty(query.shape[:-1], dtype=dtype, device=query.device).fill_(-math.inf)
     for number, (tile, batch) in enumerate(span.parts(tiles, query), 1):
-        problem = span.problem(tile, batch, qkv, number)
-        if problem is not None:
-            new_out, new_lse = _attend(engine, problem, tile.phantoms)
-            out_rows, lse_rows = _place(tile, _at(out, batch)), _place(tile, _at(lse, batch))
-            new_out, new_lse = new_out.reshape(out_rows.shape), new_lse.reshape(lse_rows.shape)
-            merge_in_place(out_rows, lse_rows, new_out, new_lse, all_have_keys=span.real is None)
+        partial = attend(tile, batch, number)
+        if partial is not None:
+            sums = _place(tile, _at(out, batch)), _place(tile, _at(lse, batch))
+            new = (rows.reshape(total.shape) for rows, total in zip(partial, sums, strict=True))
+            merge_in_place(*sums, *new, all_have_keys=span.real is None)
     return out, lse
 
 
@@ -308,19 +318,30 @@ def backward(
     by_query = [_last_stride_1(tensor) for tensor in (query, grad_out, out)]
     by_query += [tensor.transpose(1, 2) for tensor in rows if tensor is not None]
     by_key = [_last_stride_1(tensor) for tensor in (key, value)]
+    spans, blocks = list(_spans(query, extras, options, resources)), _head_blocks(query, key)
+    if len(spans) == len(blocks) == 1 and accumulation_dtype(query.dtype) == query.dtype:
+        grad_query, grad_key, grad_value = _backward_block(spans[0][1], blocks[0], by_query, by_key, [])
+        return grad_query, grad_key, grad_value
     grads = [resources.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (query, key, value)]
-    for positions, span in _spans(query, extras, options, resources):
+    for positions, span in spans:
         kv_sums: list[Tensor] = []
-        for block in (blocks := _head_blocks(query, key)):
+        for block in blocks:
             queries = [tensor[:, positions, block.queries] for tensor in by_query]
             keys = [tensor[:, positions, block.keys] for tensor in by_key]
-            query_sum, *kv_sums = _backward_block(span, block, queries, keys, kv_sums)
-            grads[0][:, positions, block.queries] = query_sum
+            sums = _backward_block(span, block, queries, keys, kv_sums)
+            _write(grads[:1], positions, block.queries, sums[:1])
+            kv_sums = sums[1:]
             if block is blocks[-1] or block.keys != blocks[-1].keys:  # no other block adds to these
-                for grad, kv_sum in zip(grads[1:], kv_sums, strict=True):
-                    grad[:, positions, block.keys] = kv_sum
+                _write(grads[1:], positions, block.keys, kv_sums)
                 kv_sums = []
+            del sums  # before the next block has its own
     return grads[0], grads[1], grads[2]
+
+
+def _write(results: Iterable[Tensor], positions: slice, heads: slice, sums: Iterable[Tensor]) -> None:
+    """Round sums into their place in the results."""
+    for result, total in zip(results, sums, strict=True):
+        result[:, positions, heads] = total
 
 
 def _backward_block(
