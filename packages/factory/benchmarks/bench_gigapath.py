@@ -91,8 +91,8 @@ class Around(nn.Module):
         projections = (self.layer.q_proj, self.layer.k_proj, self.layer.v_proj)
         return [project(rows).unflatten(-1, (self.layer.num_heads, self.layer.head_dim)) for project in projections]
 
-    def forward(self, rows: Tensor) -> tuple[Tensor, None]:
-        """(batch, seq, embed_dim) to the same."""
+    def forward(self, rows: Tensor, key_padding_mask: None = None) -> tuple[Tensor, None]:
+        """(batch, seq, embed_dim) to the same; nothing is padded here."""
         joined = self.attention(*self.heads(rows)).flatten(-2)
         return self.layer.out_proj(self.layer.inner_attn_ln(joined)), None
 
