@@ -55,6 +55,15 @@ def test_costs_what_the_rows_reach() -> None:
     assert found.per_head._nnz() < 2 * 4 * 2000
 
 
+@pytest.mark.parametrize("shape", [(0, 7, 2, 8), (1, 0, 2, 8), (2, 7, 0, 8)], ids=str)
+def test_nothing_to_show(shape: tuple[int, ...]) -> None:
+    query = torch.randn(shape)
+    rows = range(min(1, shape[1]))
+    found = attention_map(query, query, [4], [1], rows=rows)
+    assert found.per_head.shape == (shape[0], shape[2], len(rows), shape[1])
+    assert found.per_head.to_dense().sum() == 0
+
+
 @pytest.mark.parametrize(
     ("rows", "error", "match"),
     [

@@ -10,7 +10,7 @@ from torch.library import custom_op
 
 from dilated_core import checks
 from dilated_core.autograd import make_differentiable
-from dilated_core.kernels import Dropout, Needs, Problem, choose, tile_backward
+from dilated_core.kernels import Dropout, Needs, Problem, choose, rows_for_backward, tile_backward
 from dilated_core.partial import Partial, accumulation_dtype
 
 
@@ -70,6 +70,8 @@ def dropout_seed(dropout_p: float, generator: torch.Generator | None) -> Tensor 
     """
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator: expected a torch.Generator or None, got {type(generator).__name__}")
+    if generator is not None and generator.device.type != "cpu":  # only the seed is drawn from it
+        raise ValueError(f"generator: expected one on the CPU, got one on {generator.device}")
     return torch.randint(2**62, (), generator=generator, device="cpu") if dropout_p > 0.0 else None
 
 
@@ -141,10 +143,8 @@ def _attend_backward(
     if query.numel() == 0 or key.numel() == 0:
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
     problem = _problem(query, key, value, real, seed, is_causal, scale, dropout_p)
-    if real is not None:  # a row with no key: weights 0, and nothing arrives through its lse
-        no_key = lse == -math.inf
-        lse = lse.masked_fill(no_key, math.inf)
-        grad_lse = None if grad_lse is None else grad_lse.masked_fill(no_key, 0.0)
+    if real is not None:
+        lse, grad_lse = rows_for_backward(lse, grad_lse)
     grads = tile_backward(kernel, problem, _rows_last(grad_out), grad_lse, _rows_last(out), lse)
     grad_query, grad_key, grad_value = (grad.to(query.dtype).transpose(1, 2).contiguous() for grad in grads)
     return grad_query, grad_key, grad_value

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dilated_core.kernels import Dropout, Kernel, Needs, Problem, choose, tile_backward
+from dilated_core.kernels import Dropout, Kernel, Needs, Problem, choose, rows_for_backward, tile_backward
 from dilated_core.partial import accumulation_dtype, merge_in_place, with_zero_keys
 from dilated_core.plan import Tile, make_tiles
 from dilated_core.resources import NO_RESOURCES, Resources
@@ -312,11 +312,8 @@ def backward(
     """Gradients of query, key and value, given those of out and (or None) of lse, and the forward's results."""
     if query.numel() == 0:
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    no_key = lse == -math.inf
-    # A row with no key has weights 0: exp(score - inf). Nothing arrives through its lse, which is no number.
-    rows = [lse.masked_fill(no_key, math.inf), None if grad_lse is None else grad_lse.masked_fill(no_key, 0.0)]
     by_query = [_last_stride_1(tensor) for tensor in (query, grad_out, out)]
-    by_query += [tensor.transpose(1, 2) for tensor in rows if tensor is not None]
+    by_query += [rows.transpose(1, 2) for rows in rows_for_backward(lse, grad_lse) if rows is not None]
     by_key = [_last_stride_1(tensor) for tensor in (key, value)]
     spans, blocks = list(_spans(query, extras, options, resources)), _head_blocks(query, key)
     if len(spans) == len(blocks) == 1 and accumulation_dtype(query.dtype) == query.dtype:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,57 +86,69 @@ def attention_map(
     scale = checks.softmax_scale(scale, query.shape[-1])
     batch, seq_len, heads, _ = query.shape
     positions = _rows(rows, seq_len)
-    dtype = accumulation_dtype(query.dtype)
-    device = query.device
-
-    head = torch.arange(heads, device=device)
-    kv_head = head // max(heads // max(key.shape[2], 1), 1)
-    phases = []
+    dtype, device = accumulation_dtype(query.dtype), query.device
+    lse = torch.full((batch, heads, len(positions)), -math.inf, dtype=dtype, device=device)
+    zero_keys = torch.zeros_like(lse)
+    reached = []
     for branch, (w, r) in enumerate(zip(lengths, rates, strict=True)):
+        phases = head_phases(semantics, branch, len(rates), r, heads)
         if semantics == "torchscale":
             check_torchscale(branch, min(w, seq_len), r, seq_len)
-        of_head = head_phases(semantics, branch, len(rates), r, heads)
-        phases.append(torch.tensor([-1 if phase is None else phase for phase in of_head], device=device))
-
-    zero_lse = torch.full((batch, heads, len(positions)), -math.inf, dtype=dtype, device=device)
-    lse = zero_lse.clone()
-    scored: list[tuple[int, Tensor, Tensor, Tensor]] = []
-    for at, position in enumerate(positions):
-        for (w, r), phase in zip(zip(lengths, rates, strict=True), phases, strict=True):
-            w = min(w, seq_len)
-            start = position // w * w
-            stop = min(start + w, seq_len)
-            offset = (position - start) % r
-            members = head[phase == offset]
-            if len(members) == 0:
-                continue
-            keys = torch.arange(start + offset, position + 1 if is_causal else stop, r, device=device)
-            scores = torch.einsum(
-                "bhd,bkhd->bhk",
-                query[:, position, members].to(dtype),
-                key[:, keys[:, None], kv_head[members][None, :]].to(dtype),
-            ).mul_(scale)
-            if real is not None:
-                scores.masked_fill_(~real[:, None, keys], -math.inf)
-            scored.append((at, members, keys, scores))
-            lse[:, members, at] = torch.logaddexp(lse[:, members, at], torch.logsumexp(scores, -1))
-            phantoms = -(-w // r) - len(keys)
-            if semantics == "torchscale" and phantoms and not is_causal:
-                count = torch.tensor(float(phantoms), dtype=dtype, device=device).log()
-                zero_lse[:, members, at] = torch.logaddexp(zero_lse[:, members, at], count)
-    lse = torch.logaddexp(lse, zero_lse)
+        for reach in _reach(positions, seq_len, w, r, phases, is_causal):
+            scores = reach.scores(query, key, scale, real)
+            reached.append((reach, scores))
+            place = (slice(None), reach.heads, reach.at)
+            lse[place] = torch.logaddexp(lse[place], torch.logsumexp(scores, -1))
+            if semantics == "torchscale" and not is_causal:
+                zero_keys[place] += -(-min(w, seq_len) // r) - len(reach.keys)
+    lse = torch.logaddexp(lse, zero_keys.log())
     shift = lse.masked_fill(lse == -math.inf, math.inf)  # a row with no key: weights 0
 
-    size = (batch, heads, len(positions), seq_len)
     indices = [torch.empty(4, 0, dtype=torch.int64, device=device)]
     values = [torch.empty(0, dtype=dtype, device=device)]
-    for at, members, keys, scores in scored:
-        weights = torch.exp(scores - shift[:, members, at, None])
-        own = torch.arange(batch, device=device), members, torch.tensor([at], device=device), keys
-        indices.append(torch.cartesian_prod(*own).T)
-        values.append(weights.flatten())
-    per_head = torch.sparse_coo_tensor(torch.cat(indices, 1), torch.cat(values), size, check_invariants=True).coalesce()
-    return AttentionMap(per_head, torch.exp(zero_lse - shift))
+    for reach, scores in reached:
+        axes = (range(batch), reach.heads, [reach.at], reach.keys)
+        indices.append(torch.cartesian_prod(*(torch.tensor(axis, dtype=torch.int64, device=device) for axis in axes)).T)
+        values.append(torch.exp(scores - shift[:, reach.heads, reach.at, None]).flatten())
+    size = (batch, heads, len(positions), seq_len)
+    per_head = torch.sparse_coo_tensor(torch.cat(indices, 1), torch.cat(values), size, check_invariants=True)
+    return AttentionMap(per_head.coalesce(), zero_keys * torch.exp(-shift))
+
+
+class _Reach(NamedTuple):
+    """The heads for which a row lies on a branch's grid, and the keys they reach there.
+
+    Attributes:
+        at: index of the row among those asked for; position: its own.
+    """
+
+    at: int
+    position: int
+    heads: list[int]
+    keys: range
+
+    def scores(self, query: Tensor, key: Tensor, scale: float, real: Tensor | None) -> Tensor:
+        """(batch, heads, keys), in the accumulation dtype; -inf at padding."""
+        dtype = accumulation_dtype(query.dtype)
+        group = query.shape[2] // key.shape[2]
+        kept = key[:, self.keys.start : self.keys.stop : self.keys.step, [head // group for head in self.heads]]
+        scores = torch.einsum("bhd,bkhd->bhk", query[:, self.position, self.heads].to(dtype), kept.to(dtype)) * scale
+        if real is not None:
+            scores.masked_fill_(~real[:, None, self.keys.start : self.keys.stop : self.keys.step], -math.inf)
+        return scores
+
+
+def _reach(
+    positions: list[int], seq_len: int, segment_length: int, rate: int, phases: Sequence[int | None], is_causal: bool
+) -> Iterator[_Reach]:
+    """What each row reaches in one branch; rows that lie on no head's grid are left out."""
+    for at, position in enumerate(positions):
+        start = position // segment_length * segment_length
+        offset = (position - start) % rate
+        heads = [head for head, phase in enumerate(phases) if phase == offset]
+        if heads:
+            stop = position + 1 if is_causal else min(start + segment_length, seq_len)
+            yield _Reach(at, position, heads, range(start + offset, stop, rate))
 
 
 def _rows(rows: object, seq_len: int) -> list[int]:

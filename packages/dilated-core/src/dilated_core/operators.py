@@ -1,8 +1,8 @@
 """How PyTorch calls the fused path: a custom operator where it traces, a plain autograd function where it runs.
 
 Both have the same forward and backward, from ``fused``. The operator is one opaque node under torch.compile, export and
-fake tensors. The function costs a fifth of the operator's overhead, works under torch.func's transforms, and takes what
-no operator can: an allocator and a store of plans.
+fake tensors. The function has less overhead, works under torch.func's transforms, and takes what no operator can: an
+allocator and a store of plans.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class _Gradient(torch.autograd.Function):
 
 
 for _function in (_Function, _Gradient):
-    # Told once here, so that autograd does not inspect it at every call: a tenth of a millisecond in a short one.
+    # Told once here, so that autograd does not inspect it at every call: in a short one that shows.
     _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[union-attr]
 
 

@@ -7,6 +7,8 @@ q, k and v, 1 in grad_out and -g in out leave every score and dP as they were, a
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,6 +19,18 @@ from dilated_core.kernels.table import choose
 
 # Head dimensions must stay multiples of 8 for the CUDA kernels.
 COLUMNS = 8
+
+
+def rows_for_backward(lse: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """lse and its gradient as backwards take them: rows with no key get lse +inf, so that their weights are 0.
+
+    Nothing arrives through the lse of such a row, which is no number: its gradient becomes 0.
+
+    Args:
+        lse: any shape, -inf in a row with no key; grad_lse: the same shape, or None.
+    """
+    no_key = lse == -math.inf
+    return lse.masked_fill(no_key, math.inf), None if grad_lse is None else grad_lse.masked_fill(no_key, 0.0)
 
 
 def tile_backward(
