@@ -1,0 +1,175 @@
+"""A tensor that rows are appended to, in memory that grows by a factor: what decoding keeps of earlier tokens."""
+
+from __future__ import annotations
+
+import math
+import operator
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
+
+from dilated_memory_pool.errors import PoolMemoryError
+from dilated_memory_pool.interop.torch import import_torch
+
+if TYPE_CHECKING:
+    import torch
+
+
+class GrowableBuffer:
+    """Rows side by side along one dimension. Growing moves each row at most growth / (growth - 1) times on average,
+    however many are appended: twice with the factor 2.
+
+    It is for inference: no gradient flows through it. Views taken before a growth keep the memory and the contents
+    they had. Rows that were truncated and appended anew lie in the same memory, so older views show the new ones.
+    On a GPU it belongs to the stream it is first appended on.
+
+    Args:
+        empty: allocates, as ``MemoryPool.empty``.
+        row_shape: of one row, without ``dim``.
+        dtype: of the rows; PyTorch's default by default.
+        device: of the rows.
+        dim: where the rows lie in the shape of the whole; negative counts from its end.
+        capacity: rows to make room for before the first is appended.
+        growth: how many times larger it gets when it is full, above 1.
+
+    Raises:
+        TypeError, ValueError: an argument is none of the above.
+    """
+
+    def __init__(
+        self,
+        empty: Callable[..., torch.Tensor],
+        row_shape: Sequence[int],
+        *,
+        dtype: torch.dtype | None,
+        device: str,
+        dim: int,
+        capacity: int,
+        growth: float,
+    ) -> None:
+        self._torch = import_torch()
+        if not isinstance(row_shape, Sequence):
+            raise TypeError(f"shape_of_row must be whole numbers, got {row_shape!r}")
+        self.row_shape = tuple(_count(length, "shape_of_row") for length in row_shape)
+        rank = len(self.row_shape) + 1
+        place = _whole(dim, "dim")
+        if not -rank <= place < rank:
+            raise ValueError(f"dim must lie in [{-rank}, {rank - 1}] for rows of {self.row_shape}, got {dim}")
+        self.dim = place % rank
+        if dtype is not None and not isinstance(dtype, self._torch.dtype):
+            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+        self.dtype: torch.dtype = self._torch.get_default_dtype() if dtype is None else dtype
+        self.device: torch.device = self._torch.device(device)
+        self._empty, self._growth = empty, growth
+        self._lock = threading.Lock()
+        self._length = 0
+        self._rows = self._allocate(_count(capacity, "capacity"))
+
+    # ------------------------------------------------------------------------------------------ looking
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def capacity(self) -> int:
+        """Rows there is room for without growing."""
+        return self._rows.shape[self.dim]
+
+    def view(self) -> torch.Tensor:
+        """The rows so far, without a copy. Its shape is ``row_shape`` with ``len(self)`` at ``dim``."""
+        with self._alone():
+            return self._rows.narrow(self.dim, 0, self._length)
+
+    def __repr__(self) -> str:
+        return f"<GrowableBuffer of {self._length} rows of {self.row_shape} {self.dtype}, room for {self.capacity}>"
+
+    # ------------------------------------------------------------------------------------------ changing
+
+    def append(self, rows: torch.Tensor) -> None:
+        """Copy ``rows``, of ``row_shape`` with their number at ``dim``, behind the others.
+
+        Where the limit does not allow the growth asked for, it grows by what these rows need.
+
+        Raises:
+            TypeError: ``rows`` is no tensor.
+            ValueError: its shape, dtype or device is another, or it requires a gradient.
+            PoolLimitError, PoolMemoryError: as ``MemoryPool.empty``; nothing has changed.
+        """
+        self._check(rows)
+        with self._alone(), self._torch.no_grad():
+            end = self._length + rows.shape[self.dim]
+            if end > self.capacity:
+                self._grow(end)
+            self._rows.narrow(self.dim, self._length, end - self._length).copy_(rows)
+            self._length = end
+
+    def truncate(self, length: int) -> None:
+        """Keep the first ``length`` rows, and the memory.
+
+        Raises:
+            TypeError, ValueError: ``length`` is no whole number, or there are fewer.
+        """
+        with self._alone():
+            kept = _whole(length, "length")
+            if not 0 <= kept <= self._length:
+                raise ValueError(f"length must lie in [0, {self._length}], got {length}")
+            self._length = kept
+
+    def clear(self) -> None:
+        """Keep no rows and no memory."""
+        with self._alone():
+            self._length = 0
+            self._rows = self._allocate(0)
+
+    # ------------------------------------------------------------------------------------------ helpers
+
+    def _alone(self) -> AbstractContextManager[object]:
+        """No other thread changes the buffer meanwhile. A graph being traced cannot hold a lock."""
+        return nullcontext() if self._torch.compiler.is_compiling() else self._lock
+
+    def _check(self, rows: torch.Tensor) -> None:
+        if not isinstance(rows, self._torch.Tensor):
+            raise TypeError(f"rows must be a tensor, got {type(rows).__name__}")
+        shape = tuple(rows.shape)
+        if len(shape) != len(self.row_shape) + 1 or shape[: self.dim] + shape[self.dim + 1 :] != self.row_shape:
+            expected = [*map(str, self.row_shape)]
+            expected.insert(self.dim, "n")
+            raise ValueError(f"rows must have the shape ({', '.join(expected)}), got {shape}")
+        if rows.dtype != self.dtype or rows.device != self.device:
+            raise ValueError(
+                f"rows must be {self.dtype} on {self.device}, got {rows.dtype} on {rows.device}: "
+                "convert them where it can be seen"
+            )
+        if rows.requires_grad:
+            raise ValueError("rows require a gradient, and none flows through this buffer: append rows.detach()")
+
+    def _grow(self, needed: int) -> None:
+        """Room for ``needed`` rows, and more where the memory allows it."""
+        wanted = max(needed, math.ceil(self.capacity * self._growth))
+        try:
+            larger = self._allocate(wanted)
+        except PoolMemoryError:
+            if wanted == needed:
+                raise
+            larger = self._allocate(needed)
+        larger.narrow(self.dim, 0, self._length).copy_(self._rows.narrow(self.dim, 0, self._length))
+        self._rows = larger
+
+    def _allocate(self, rows: int) -> torch.Tensor:
+        """Memory for so many, that may be written to in inference mode and outside of it."""
+        with self._torch.inference_mode(False):
+            return self._empty((*self.row_shape[: self.dim], rows, *self.row_shape[self.dim :]), dtype=self.dtype)
+
+
+def _whole(value: int, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name} must be a whole number, got {value!r}") from error
+
+
+def _count(value: int, name: str) -> int:
+    if _whole(value, name) < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
+    return _whole(value, name)

@@ -1,0 +1,1 @@
+"""Where in its arenas a pool puts a request: bookkeeping over integers, of any kind of memory."""

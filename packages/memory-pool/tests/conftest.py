@@ -1,0 +1,102 @@
+"""Settings and fixtures of all tests: a pool over every backend in both modes."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from typing import Any, Literal, TypeAlias
+
+import hypothesis
+import pytest
+import torch
+from fake_device import FakeBackend, FakeDevice
+
+from dilated_memory_pool import MemoryPool
+from dilated_memory_pool.backends import Backend, HostBackend
+
+# No deadlines: a first call warms caches. Derandomised, so that a red run is red again.
+hypothesis.settings.register_profile("dilated", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("dilated")
+
+# On tensors this small a second thread only waits for the first, and where processors are shared it waits for long.
+torch.set_num_threads(1)
+
+Mode: TypeAlias = Literal["lightweight", "full"]
+MakePool: TypeAlias = Callable[..., MemoryPool]
+
+MODES: tuple[Mode, ...] = ("lightweight", "full")
+BACKENDS: dict[str, Callable[[], str | Backend]] = {
+    "host": HostBackend,
+    "addressable": lambda: FakeBackend(FakeDevice()),
+    "opaque": lambda: FakeBackend(FakeDevice(), addressable=False),
+    "pinned": lambda: "pinned",
+    "cupy": lambda: "cupy",
+    "torch": lambda: "torch",
+}
+ON_A_GPU = ("pinned", "cupy", "torch")
+SMALL_ARENA = "256KiB"  # so that full mode needs more than one
+
+
+def make_pool(make_backend: Callable[[], str | Backend], mode: Mode, /, **options: Any) -> MemoryPool:
+    """A pool that takes tensors of any size. ``options`` are those of ``MemoryPool``, ``backend`` included."""
+    if mode == "full":
+        options.setdefault("arena_bytes", SMALL_ARENA)
+    options.setdefault("min_bytes", 0)
+    return MemoryPool(options.pop("backend", None) or make_backend(), mode=mode, **options)
+
+
+def on_every_backend() -> list[Any]:
+    """Parameters (backend, mode), named like host-full."""
+    return [
+        pytest.param((BACKENDS[name], mode), id=f"{name}-{mode}", marks=[pytest.mark.gpu] if name in ON_A_GPU else [])
+        for name, mode in product(BACKENDS, MODES)
+    ]
+
+
+@pytest.fixture(params=on_every_backend())
+def make(request: pytest.FixtureRequest) -> MakePool:
+    """Makes pools over one backend in one mode; takes the options of ``MemoryPool``."""
+    backend, mode = request.param
+    if request.node.get_closest_marker("gpu"):
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        if "cupy" in request.node.callspec.id:
+            pytest.importorskip("cupy")
+    return partial(make_pool, backend, mode)
+
+
+@pytest.fixture
+def pool(make: MakePool) -> MemoryPool:
+    """A pool over one backend in one mode."""
+    return make()
+
+
+@pytest.fixture(params=MODES)
+def make_on_host(request: pytest.FixtureRequest) -> MakePool:
+    """As ``make``, on the host alone: for what does not depend on the backend."""
+    return partial(make_pool, HostBackend, request.param)
+
+
+@pytest.fixture
+def no_gc() -> Iterator[None]:
+    """Nothing is collected but by ``gc.collect()``, which is quick: what exists now it need not walk."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    yield
+    gc.enable()
+    gc.unfreeze()
+
+
+@pytest.fixture
+def eager_gc() -> Iterator[None]:
+    """The garbage collector runs at every opportunity, inside the pool's own code too."""
+    threshold = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(1)
+    yield
+    gc.set_threshold(*threshold)
+    gc.unfreeze()

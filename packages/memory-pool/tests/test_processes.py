@@ -1,0 +1,178 @@
+"""Forks and the end of the interpreter. Each test is a process of its own: a deadlock here must not be one there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from conftest import MODES
+
+import dilated_memory_pool
+
+SOURCE = Path(dilated_memory_pool.__file__).parents[1]
+PREAMBLE = """
+import atexit, gc, os, sys, threading, time, warnings
+from dilated_memory_pool import MemoryPool
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+pool = MemoryPool("host", mode={mode!r}, min_bytes=0)
+"""
+WATCHDOG_SECONDS = 60
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+
+
+def run(program: str, mode: str) -> None:
+    """Exit code 0, and not a word on stderr."""
+    text = PREAMBLE.format(mode=mode) + textwrap.dedent(program)
+    environment = os.environ | {"PYTHONPATH": str(SOURCE)}
+    command = [sys.executable, "-W", "error", "-c", text]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WATCHDOG_SECONDS)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@forks
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_a_forked_child_has_memory_of_its_own(mode: str) -> None:
+    run(
+        """
+        block = pool.allocate(10_000)
+        view = memoryview(block).cast("B")
+        view[:] = b"p" * 10_000
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                assert bytes(view) == b"p" * 10_000
+                view[:] = b"c" * 10_000
+                other = pool.allocate(10_000)
+                assert other.address != block.address
+                memoryview(other).cast("B")[:] = b"o" * 10_000
+                assert bytes(view) == b"c" * 10_000
+                del other, block, view
+                assert pool.statistics().allocated_bytes == 0
+                pool.trim()
+                assert pool.statistics().reserved_bytes == 0
+                status = 0
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+        assert bytes(view) == b"p" * 10_000
+        assert pool.statistics().allocated_bytes >= 10_000
+        """,
+        mode,
+    )
+
+
+@forks
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_a_fork_while_other_threads_allocate_does_not_deadlock(mode: str) -> None:
+    run(
+        """
+        pools = [pool, MemoryPool("host", limit="1MiB")]
+        done = False
+
+        def hammer(number):
+            turn = 0
+            while not done:
+                turn += 1
+                pools[turn % 2].allocate(5000 * (turn % 5 + number + 1))
+                if turn % 50 == 0:
+                    pools[turn % 4 // 2].trim()
+
+        threads = [threading.Thread(target=hammer, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for _ in range(50):
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    for each in pools:
+                        block = each.allocate(70_000)
+                        memoryview(block).cast("B")[:] = b"c" * 70_000
+                        del block
+                        each.trim()
+                        snapshot = each.snapshot()
+                        assert snapshot.statistics.reserved_bytes == sum(arena.nbytes for arena in snapshot.arenas)
+                        thread = threading.Thread(target=each.allocate, args=(100,))
+                        thread.start()
+                        thread.join()
+                    status = 0
+                finally:
+                    os._exit(status)
+            assert os.waitpid(child, 0)[1] == 0
+        done = True
+        for thread in threads:
+            thread.join()
+        """,
+        mode,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("torch", [False, True], ids=["blocks", "tensors"])
+def test_the_interpreter_ends_quietly_whatever_is_alive(mode: str, torch: bool) -> None:
+    # The daemons have a pool of their own: Python stops them where they are, with any lock they hold, and whoever
+    # waits for such a lock after that waits for ever. So a finaliser of the last minute must not allocate from it.
+    run(
+        f"""
+        tensors = {torch}
+        def owner(pool=pool):
+            return pool.empty(5000) if tensors else pool.allocate(20_000)
+
+        class Last:
+            def __init__(self):
+                self.owner, self.me, self.pool = owner(), self, other
+
+            def __del__(self):
+                self.pool.allocate(3000)
+                self.pool.statistics()
+
+        other, busy = (MemoryPool("host", mode=pool.mode, min_bytes=0) for _ in range(2))
+        alive = owner()
+        view = alive[100:] if tensors else memoryview(alive)[100:]
+        numbers = {{"deep": [owner(), other.allocate(10)]}}
+        capsule = owner().__dlpack__()
+        cycle = [Last(), owner()]
+        cycle.append(cycle)
+        garbage, last = Last(), Last()
+        del garbage
+        sys.somewhere = owner()
+        atexit.register(lambda kept=owner(): other.allocate(5000))
+        atexit.register(pool.close if tensors else pool.trim)
+
+        def hammer():
+            while True:
+                busy.allocate(20_000)
+
+        for _ in range(2):
+            threading.Thread(target=hammer, daemon=True).start()
+        time.sleep(0.1)
+        """,
+        mode,
+    )
+
+
+@forks
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_a_forked_child_ends_quietly(mode: str) -> None:
+    run(
+        """
+        block = pool.allocate(10_000)
+        cycle = [block]
+        cycle.append(cycle)
+        child = os.fork()
+        if child == 0:
+            sys.exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        """,
+        mode,
+    )
