@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Callable
+from dis import opmap
 from functools import cache
 from pathlib import Path
 from types import FrameType
@@ -76,6 +77,11 @@ def _in_reach(frame: FrameType) -> bool:
     return True
 
 
+def _at_a_nop(frame: FrameType, event: str) -> bool:
+    """Whether the next bytecode does nothing, as at the edges of ``try``: some of these no handler covers."""
+    return event == "opcode" and frame.f_code.co_code[frame.f_lasti] == opmap["NOP"]
+
+
 class Strike:
     """Runs a call, and raises KeyboardInterrupt before the ``at``-th line, or bytecode, of the pool that it executes.
 
@@ -110,7 +116,7 @@ class Strike:
         return self._step
 
     def _step(self, frame: FrameType, event: str, argument: object) -> Any:
-        if event == self._every and self.where is None and _in_reach(frame):
+        if event == self._every and self.where is None and _in_reach(frame) and not _at_a_nop(frame, event):
             place = f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} {frame.f_code.co_name}"
             if len(self.passed) == self._at:
                 self.where = place

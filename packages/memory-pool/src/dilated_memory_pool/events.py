@@ -16,7 +16,7 @@ class PoolEvent(NamedTuple):
             allocate.
         nbytes: of the span or the arena; of the request for "bypass" and "failure".
         requested: bytes asked for; 0 for arenas.
-        thread: ``threading.get_ident()`` of the thread that caused it; for a free, of the one that took the memory back.
+        thread: ``threading.get_ident()`` of the thread that caused it; of a free, the one that took the memory back.
     """
 
     kind: Kind

@@ -7,6 +7,7 @@ between two operations. Nothing is registered before the first pool is made.
 from __future__ import annotations
 
 import os
+import threading
 from functools import cache
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -14,13 +15,15 @@ from weakref import WeakSet
 if TYPE_CHECKING:
     from dilated_memory_pool.heap import Heap
 
+_registry = threading.RLock()  # nobody makes a pool while the others are being locked
 _heaps: WeakSet[Heap] = WeakSet()
 _held: list[Heap] = []
 
 
 def watch(heap: Heap) -> None:
     """Hold the heap's lock over every fork from now on."""
-    _heaps.add(heap)
+    with _registry:
+        _heaps.add(heap)
     _register()
 
 
@@ -31,6 +34,7 @@ def _register() -> None:
 
 
 def _hold() -> None:
+    _registry.acquire()
     for heap in sorted(_heaps, key=id):  # one order for all threads that fork
         heap.lock.acquire()
         _held.append(heap)
@@ -39,6 +43,7 @@ def _hold() -> None:
 def _let_go() -> None:
     while _held:
         _held.pop().lock.release()
+    _registry.release()
 
 
 def _let_go_in_child() -> None:

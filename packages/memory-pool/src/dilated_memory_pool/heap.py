@@ -2,7 +2,7 @@
 
 What makes it safe, in four rules:
 
-- A finaliser takes no lock. A dying lease appends its span to ``_home``; the next call takes it from there.
+- A finaliser takes no lock. A dying lease appends its span to ``_returned``; the next call takes it from there.
 - The lock is re-entrant, and ``_busy`` says whether this thread is already inside: garbage collection and signal
   handlers run code in the middle of ours. Such a call is served by others (``lease`` returns None).
 - A step that can be interrupted leaves the arenas consistent, and ``_salvage`` recomputes all else from them.
@@ -15,9 +15,10 @@ import gc
 import threading
 from bisect import bisect_right, insort
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from operator import attrgetter
+from sys import is_finalizing as _is_finalizing
 from typing import Literal, cast
 
 from dilated_memory_pool import forks
@@ -25,7 +26,7 @@ from dilated_memory_pool.backends import Backend, Event
 from dilated_memory_pool.errors import PoolLimitError, PoolMemoryError
 from dilated_memory_pool.events import Kind, Observer, PoolEvent
 from dilated_memory_pool.numa import Numa
-from dilated_memory_pool.placement.spans import Arena, Lease, Placement, Span
+from dilated_memory_pool.placement.spans import Arena, Home, Lease, Placement, PlainLease, Span
 from dilated_memory_pool.sizes import SizeClasses
 from dilated_memory_pool.snapshot import ArenaSnapshot, SpanSnapshot
 from dilated_memory_pool.statistics import PoolStatistics
@@ -64,16 +65,18 @@ class Heap:
         self.lock = threading.RLock()
 
         self._placement, self._classes, self._granule = placement, classes, backend.granule
+        self._addressable = backend.addressable
         self._streams, self._strict_streams = backend.streams, strict_streams
         self._numa = numa if numa is not None and numa.active else None
-        self._locality: Callable[[], Hashable] | None = None
+        self._locality: Callable[[], int] | None = None
         if self._streams is not None:
             self._locality = self._streams.current
         elif self._numa is not None:
             self._locality = self._numa.current_node
 
         self._rounded: dict[int, int] = {}
-        self._home: deque[Span] = deque()
+        self._returned: deque[Span] = deque()
+        self._home = Home(append=self._returned.append)
         self._waiting: deque[tuple[Span, list[Event]]] = deque()
         self._arenas: list[Arena] = []  # by address
         self._streams_seen: set[int] = set()
@@ -91,26 +94,26 @@ class Heap:
 
     # ------------------------------------------------------------------------------------------ leases
 
-    def lease(self, nbytes: int) -> Lease | None:
-        """The owner of at least ``nbytes`` > 0.
+    def lease(self, nbytes: int, *, hidden: bool = False) -> Lease | None:
+        """The owner of at least ``nbytes`` > 0; ``hidden`` if no Python object will hold it.
 
-        None where the pool steps aside: the stream is being captured into a graph, or this thread is inside the pool
-        already, in a finaliser or a signal handler.
+        None where the pool steps aside: the stream is being captured into a graph; this thread is inside the pool
+        already, in a finaliser or a signal handler; the interpreter ends, and a thread that is no more may hold a lock.
 
         Raises:
             PoolLimitError, PoolMemoryError: there is no more, after trimming and collecting garbage.
             RuntimeError: the pool is closed.
         """
-        if self._streams is not None and self._streams.capturing():
+        if _is_finalizing() or (self._streams is not None and self._streams.capturing()):
             self._step_aside(nbytes)
             return None
-        lease = self._reuse(nbytes)
+        lease = self._reuse(nbytes, hidden)
         if lease is None:
             with self.lock:  # so that only this thread can be the busy one
                 if self._busy:
                     self._step_aside(nbytes)
                     return None
-            lease = self._grow(nbytes)
+            lease = self._grow(nbytes, hidden)
         if self.observers:
             self.publish()
         return lease
@@ -119,7 +122,7 @@ class Heap:
         self.bypasses += 1
         self._tell("bypass", 0, nbytes, nbytes)
 
-    def _reuse(self, nbytes: int) -> Lease | None:
+    def _reuse(self, nbytes: int, hidden: bool) -> Lease | None:
         """A lease on a free span; None where none fits, or this thread is inside already."""
         with self.lock:
             if self._busy:
@@ -128,14 +131,14 @@ class Heap:
                 raise RuntimeError("the pool is closed")
             try:
                 self._busy = True
-                if self._home or self._waiting:
+                if self._returned or self._waiting:
                     self._welcome()
                 locality = self._locality() if self._locality is not None else None
                 span = self._placement.take(self._round_up(nbytes), nbytes, locality)
                 if span is None:
                     return None
                 self._hits += 1
-                return self._hand_out(span)
+                return self._hand_out(span, hidden)
             except BaseException:
                 self._salvage()
                 raise
@@ -156,10 +159,10 @@ class Heap:
             self._rounded[nbytes] = size
         return size
 
-    def _hand_out(self, span: Span) -> Lease:
-        """A lease on the span, and the books kept. From the second line on, the lease's death brings the span home."""
-        lease = self._hand = span.arena.memory.lease()
-        lease.span = span  # type: ignore[misc]  # a slot of every subclass
+    def _hand_out(self, span: Span, hidden: bool) -> Lease:
+        """A lease on the span, and the books kept."""
+        lease = self._hand = span.arena.memory.lease() if hidden and self._addressable else PlainLease()
+        lease.entrust(span)
         self._requested += span.requested
         self._allocated += span.nbytes
         if self._requested > self._peak_requested:
@@ -173,11 +176,12 @@ class Heap:
     def _salvage(self) -> None:
         """After an exception inside the pool: take back a span that has no lease yet, and find out all else again."""
         taken = self._placement.taken
-        if taken is not None and not hasattr(self._hand, "span"):
+        if taken is not None and not (hasattr(self._hand, "span") and hasattr(self._hand, "__del__")):
             taken.requested = 0
         # What was taken back already, or waits already, must not be taken back once more.
-        if self._home and (not self._home[0].requested or any(span is self._home[0] for span, _ in self._waiting)):
-            self._home.popleft()
+        returned = self._returned
+        if returned and (not returned[0].requested or any(span is returned[0] for span, _ in self._waiting)):
+            returned.popleft()
         if self._waiting and not self._waiting[0][0].requested:
             self._waiting.popleft()
         self._placement.rebuild(self._arenas)
@@ -191,9 +195,8 @@ class Heap:
     def stray(self, nbytes: int) -> Lease:
         """The owner of memory of its own that never belongs to the pool, for when the pool steps aside."""
         memory = self.backend.allocate(self._round_up(nbytes))
-        arena = Arena(memory, None, deque(maxlen=0))
-        lease = memory.lease()
-        lease.span = arena.spans.pop()  # type: ignore[misc]  # a slot of every subclass
+        lease = PlainLease()
+        lease.entrust(Arena(memory, None, Home(append=bool)).spans.pop())
         return lease
 
     # ------------------------------------------------------------------------------------------ coming home
@@ -202,16 +205,16 @@ class Heap:
         """Take back the spans that came home, except while a stream may still be using them."""
         if self._streams is not None and self._streams.capturing():
             return  # an event that is recorded or asked now would become part of the graph
-        home, waiting = self._home, self._waiting
-        while home:
-            span = home[0]  # removed when all is done, so that an exception in between loses nothing
+        returned, waiting = self._returned, self._waiting
+        while returned:
+            span = returned[0]  # removed when all is done, so that an exception in between loses nothing
             if span.requested:  # else it was taken back before such an exception
                 events = self._events(span) if self._streams is not None else None
                 if events:
                     waiting.append((span, events))
                 else:
                     self._take_back(span)
-            home.popleft()
+            returned.popleft()
         for _ in range(len(waiting)):
             span, events = waiting[0]
             if all(event.done() for event in events):
@@ -244,21 +247,21 @@ class Heap:
 
     # ------------------------------------------------------------------------------------------ growing, shrinking
 
-    def _grow(self, nbytes: int) -> Lease:
+    def _grow(self, nbytes: int, hidden: bool) -> Lease:
         """A lease on a new arena, or on what trimming, collecting garbage and waiting for streams brought back."""
         size = self._round_up(nbytes)
         refusal: MemoryError | None = None
         for remedies in (), (self._make_room,), (self._collect, self._make_room):
             for remedy in remedies:
                 remedy(size)
-                lease = self._reuse(nbytes)
+                lease = self._reuse(nbytes, hidden)
                 if lease is not None:
                     return lease
             for arena_bytes in dict.fromkeys((self._placement.arena_bytes(size), size)):
                 operation = object()
                 try:
                     if self._charge(operation, arena_bytes):
-                        return self._open(operation, arena_bytes, nbytes)
+                        return self._open(operation, arena_bytes, nbytes, hidden)
                 except MemoryError as error:
                     refusal = error
                 finally:
@@ -295,7 +298,7 @@ class Heap:
         self._reserved = sum(self._in_transit.values()) + sum(arena.nbytes for arena in self._arenas)
         self._peak_reserved = max(self._peak_reserved, self._reserved)
 
-    def _open(self, operation: object, arena_bytes: int, nbytes: int) -> Lease:
+    def _open(self, operation: object, arena_bytes: int, nbytes: int, hidden: bool) -> Lease:
         """A lease on a new arena. The lock is not held while it is mapped."""
         locality = self._locality() if self._locality is not None else None
         memory = self.backend.allocate(arena_bytes)
@@ -314,7 +317,7 @@ class Heap:
             span = self._placement.take(self._round_up(nbytes), nbytes, locality)
             assert span is not None, "a new arena serves the request it was made for"
             self._misses += 1
-            return self._hand_out(span)
+            return self._hand_out(span, hidden)
 
     def _make_room(self, size: int) -> None:
         """Give back what is idle: as much as the limit needs, or all where the backend itself has no more."""
@@ -379,7 +382,8 @@ class Heap:
         for arena in self._arenas:
             arena.abandon()
         self._arenas.clear()
-        self._home.clear()
+        self._home.close()
+        self._returned.clear()
         self._waiting.clear()
 
     def __del__(self) -> None:

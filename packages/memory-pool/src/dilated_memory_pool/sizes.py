@@ -11,7 +11,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 _UNITS = {"": 1, "b": 1} | {
     f"{prefix}{unit}": base**power
@@ -146,7 +146,7 @@ class Bins:
         return self.sizes[bisect_left(self.sizes, nbytes)]
 
 
-def size_classes(value: Any) -> SizeClasses:
+def size_classes(value: object) -> SizeClasses:
     """The classes that the argument of that name stands for.
 
     Args:
@@ -155,13 +155,13 @@ def size_classes(value: Any) -> SizeClasses:
     Raises:
         TypeError, ValueError: none of these.
     """
-    named = {"geometric": Geometric(), "power_of_two": Geometric(steps=1), "exact": Exact()}
+    named: dict[str, SizeClasses] = {"geometric": Geometric(), "power_of_two": Geometric(steps=1), "exact": Exact()}
     if isinstance(value, str):
         if value not in named:
             raise ValueError(f"size_classes must be one of {sorted(named)}, a list of bins or an object, got {value!r}")
         return named[value]
     if isinstance(value, Iterable):
         return Bins(value)
-    if not isinstance(value, SizeClasses):
-        raise TypeError(f"size_classes must be a name, a list of bins or have a round_up method, got {value!r}")
-    return value
+    if isinstance(value, SizeClasses):
+        return value
+    raise TypeError(f"size_classes must be a name, a list of bins or have a round_up method, got {value!r}")

@@ -17,8 +17,8 @@ class Memory(Protocol):
     Attributes:
         address: of the first byte, for the device that uses it.
         nbytes: how many bytes the pool may use.
-        lease: makes a new lease on it, without a span yet. On memory the host can address, a lease has the buffer
-            protocol and covers the whole piece.
+        lease: makes a new lease that has the buffer protocol and covers the whole piece. Asked for where the host can
+            address the memory.
     """
 
     address: int

@@ -16,7 +16,7 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from dilated_memory_pool.backends.base import Streams
-from dilated_memory_pool.placement.spans import LEASE_SLOTS, Lease
+from dilated_memory_pool.placement.spans import HiddenLease, Lease
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ _HUGE_PAGE = 2 * 2**20  # of x86-64, and of arm64 with 4 KiB pages
 def lease_type(nbytes: int) -> Any:
     """The class of leases on ``nbytes`` that the host can address. Making a class costs twenty microseconds."""
     array: Any = ctypes.c_ubyte * nbytes
-    return type(array)("HostLease", (Lease, array), {"__slots__": LEASE_SLOTS})
+    return type(array)("HostLease", (HiddenLease, array), {"__slots__": HiddenLease.SLOTS})
 
 
 def leases_at(address: int, nbytes: int) -> Callable[[], Lease]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from dilated_memory_pool.placement.spans import Lease, Span
@@ -44,7 +44,14 @@ class TensorMaker:
             torch.cuda.init()  # from now on the streams are PyTorch's
         self._addressable = heap.backend.addressable
         # What calls need of PyTorch: importing it costs more than any of these.
-        self._is_left_to_torch = _watcher(torch)
+        #
+        # Tensors are left to it while it watches what is made, or makes it of another kind: while Dynamo runs; in a
+        # dispatch mode, such as FakeTensorMode or those of torch.export; in a transform of torch.func; in
+        # torch.jit.trace, which would keep the memory as a constant. Of the last three private functions alone know.
+        self._compiling = torch.compiler.is_dynamo_compiling
+        self._modes = torch._C._len_torch_dispatch_stack
+        self._transforms: Any = torch._C._functorch.maybe_current_level
+        self._tracing: Any = torch._C._is_tracing
         self._torch_empty, self._torch_empty_like = torch.empty, torch.empty_like
         self._frombuffer = torch.frombuffer
         self._default_dtype, self._strided = torch.get_default_dtype, torch.strided
@@ -56,7 +63,7 @@ class TensorMaker:
     ) -> torch.Tensor:
         """See ``MemoryPool.empty``."""
         heap = self._heap
-        if self._is_left_to_torch():
+        if self._compiling() or self._modes() or self._transforms() or self._tracing():
             if device is not None:
                 self._same_device(device)
             return self._torch_empty(size, dtype=dtype, device=self._device if device is None else device)
@@ -79,7 +86,7 @@ class TensorMaker:
                 return self._torch_empty(size, dtype=dtype, device=device)
             if type(nbytes) is not int or nbytes > sys.maxsize:  # NumPy's integers wrap around
                 size, count, nbytes = self._measure(size, dtype)
-            lease = heap.lease(nbytes)
+            lease = heap.lease(nbytes, hidden=True)
             if lease is None:
                 return self._torch_empty(size, dtype=dtype, device=device)
             wrap = self._wrap_addressable if self._addressable else self._wrap_device
@@ -93,7 +100,8 @@ class TensorMaker:
 
     def empty_like(self, tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
         """See ``MemoryPool.empty_like``."""
-        if self._is_left_to_torch() or tensor.layout is not self._strided:
+        watched = self._compiling() or self._modes() or self._transforms() or self._tracing()
+        if watched or tensor.layout is not self._strided:
             self._same_device(tensor.device)
             return self._torch_empty_like(tensor, dtype=dtype)
         like = self.empty(tensor.shape, dtype or tensor.dtype, tensor.device)
@@ -156,20 +164,6 @@ class TensorMaker:
         if wanted.type == own.type and (own.index is None or index == own.index):
             return True
         raise ValueError(f"this pool's tensors live on {own}, got device={wanted}")
-
-
-def _watcher(torch: Any) -> Callable[[], Any]:
-    """Says whether PyTorch is to make the tensors now, because it watches what is made, or makes it of another kind.
-
-    Those are: Dynamo; a dispatch mode, such as FakeTensorMode or those of torch.export; a transform of torch.func;
-    torch.jit.trace, which would keep the memory as a constant. All but the first are known to private functions
-    alone.
-    """
-    compiling = torch.compiler.is_dynamo_compiling
-    modes = torch._C._len_torch_dispatch_stack
-    transforms = torch._C._functorch.maybe_current_level
-    tracing = torch._C._is_tracing
-    return lambda: compiling() or modes() or transforms() or tracing()
 
 
 def bytes_of(span: Span, nbytes: int, owner: object) -> torch.Tensor:

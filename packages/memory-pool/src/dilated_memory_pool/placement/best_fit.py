@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import defaultdict
-from collections.abc import Hashable
 from operator import attrgetter
 
 from dilated_memory_pool.placement.spans import Arena, Span
@@ -28,10 +27,10 @@ class BestFitPlacement:
     def __init__(self, chunk_bytes: int) -> None:
         self.taken: Span | None = None
         self._chunk_bytes = chunk_bytes
-        self._free: defaultdict[Hashable, list[tuple[int, int, Span]]] = defaultdict(list)
+        self._free: defaultdict[int | None, list[tuple[int, int, Span]]] = defaultdict(list)
         self._clock = 0
 
-    def take(self, nbytes: int, requested: int, locality: Hashable) -> Span | None:
+    def take(self, nbytes: int, requested: int, locality: int | None) -> Span | None:
         """The smallest free span that is large enough, cut to size; what is left stays free."""
         free = self._free[locality]
         best = bisect_left(free, (nbytes,))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable
 
 from dilated_memory_pool.placement.spans import Arena, Span
 
@@ -17,10 +16,10 @@ class BinPlacement:
 
     def __init__(self) -> None:
         self.taken: Span | None = None
-        self._free: defaultdict[tuple[Hashable, int], list[Span]] = defaultdict(list)
+        self._free: defaultdict[tuple[int | None, int], list[Span]] = defaultdict(list)
         self._clock = 0
 
-    def take(self, nbytes: int, requested: int, locality: Hashable) -> Span | None:
+    def take(self, nbytes: int, requested: int, locality: int | None) -> Span | None:
         """The block of exactly this class that was freed last."""
         stack = self._free.get((locality, nbytes))
         if not stack:

@@ -9,8 +9,10 @@ bytecode of the very thread that is inside the pool. The pool looks at what came
 from __future__ import annotations
 
 import gc
-from collections import deque
-from collections.abc import Hashable
+from collections.abc import Callable
+from functools import partial
+from operator import methodcaller
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -42,6 +44,16 @@ class Span:
         return f"Span(0x{self.address:x}, {self.nbytes}, {self.requested or 'free'})"
 
 
+class Home(SimpleNamespace):
+    """Where spans go whose lease has died: ``append(span)`` is C, and can be exchanged while leases refer to it."""
+
+    append: Callable[[Span], object]
+
+    def close(self) -> None:
+        """From now on nobody waits for them, and they go for good."""
+        self.append = bool  # C too, and does nothing
+
+
 class Arena:
     """One piece of a backend's memory.
 
@@ -55,7 +67,7 @@ class Arena:
 
     __slots__ = ("address", "home", "idle_since", "locality", "memory", "nbytes", "spans")
 
-    def __init__(self, memory: Memory, locality: Hashable, home: deque[Span]) -> None:
+    def __init__(self, memory: Memory, locality: int | None, home: Home) -> None:
         self.memory, self.locality, self.home = memory, locality, home
         self.address, self.nbytes = memory.address, memory.nbytes
         self.spans = [Span(self, 0, memory.nbytes)]
@@ -67,21 +79,50 @@ class Arena:
         return len(self.spans) == 1 and not self.spans[0].requested
 
     def abandon(self) -> None:
-        """Let the memory go with the last lease on it, instead of coming home to a pool that is no more."""
-        self.home = deque(maxlen=0)
-        self.spans = []  # they refer to the arena: without this it would take the garbage collector to free it
+        """Let the memory go with the last lease on it. Otherwise it would take the garbage collector: spans and arena
+        refer to each other.
+        """
+        self.spans = []
 
 
 class Lease:
-    """The one owner of a span. ``span`` is set once, by the pool; a lease that dies before had none to give back.
+    """The one owner of a span. One that dies before it was entrusted with a span has none to give back."""
+
+    __slots__ = ()
+    span: Span
+
+    def entrust(self, span: Span) -> None:
+        """Make it the owner of ``span``. From its last step on, the lease's death brings the span home."""
+        raise NotImplementedError
+
+
+class HiddenLease(Lease):
+    """A lease that only C++ holds, inside a tensor's storage; the garbage collector never finds it unreachable.
+
+    Its finaliser, an instance's own in the slot ``__del__``, is C from end to end. A finaliser in Python would be the
+    first bytecode after a long operation on a temporary tensor: Ctrl-C would be raised in there, where Python prints
+    it and goes on, and the memory would be lost.
+    """
+
+    __slots__ = ()
+    SLOTS = ("__del__", "span")  # of every subclass; here they would not go together with those of ctypes
+
+    def entrust(self, span: Span) -> None:  # noqa: D102
+        self.span = span  # type: ignore[misc]  # a slot of every subclass
+        self.__del__ = partial(methodcaller("append", span), span.arena.home)  # type: ignore[misc]  # likewise
+
+
+class PlainLease(Lease):
+    """A lease that Python objects hold.
 
     The garbage collector runs all finalisers of a cycle before it frees any of it, and the one after ours may still
     use the memory, or save its owner. Such a lease passes its span on to an ``heir``, which lives as long as it does.
     """
 
-    __slots__ = ()
-    span: Span
-    heir: Lease
+    __slots__ = ("heir", "span")
+
+    def entrust(self, span: Span) -> None:  # noqa: D102
+        self.span = span
 
     def __del__(self) -> None:
         try:
@@ -89,19 +130,10 @@ class Lease:
         except AttributeError:
             return
         if gc.is_finalized(self):  # by the garbage collector: of an object that dies by itself this is false until now
-            self.heir = PlainLease()  # type: ignore[misc]  # a slot of every subclass
+            self.heir = PlainLease()
             self.heir.span = span
         else:
             span.arena.home.append(span)
-
-
-LEASE_SLOTS = ("heir", "span")  # of every class of leases; here they would not go together with ctypes' own
-
-
-class PlainLease(Lease):
-    """A lease on memory that the host cannot address."""
-
-    __slots__ = LEASE_SLOTS
 
 
 class Placement(Protocol):
@@ -116,7 +148,7 @@ class Placement(Protocol):
 
     taken: Span | None
 
-    def take(self, nbytes: int, requested: int, locality: Hashable) -> Span | None:
+    def take(self, nbytes: int, requested: int, locality: int | None) -> Span | None:
         """A free span of at least ``nbytes``, marked as ``requested``; None where there is none."""
 
     def give(self, span: Span) -> None:
