@@ -24,7 +24,7 @@ from typing import Literal, cast
 from dilated_memory_pool import forks
 from dilated_memory_pool.backends import Backend, Event
 from dilated_memory_pool.errors import PoolLimitError, PoolMemoryError
-from dilated_memory_pool.events import Kind, Observer, PoolEvent
+from dilated_memory_pool.events import Bulletin, Observer
 from dilated_memory_pool.numa import Numa
 from dilated_memory_pool.placement.spans import Arena, Home, Lease, Placement, PlainLease, Span
 from dilated_memory_pool.sizes import SizeClasses
@@ -59,7 +59,7 @@ class Heap:
         strict_streams: bool,
         observers: tuple[Observer, ...],
     ) -> None:
-        self.backend, self.limit, self.observers = backend, limit, observers
+        self.backend, self.limit = backend, limit
         self.bypasses = 0
         self.closed = False
         self.lock = threading.RLock()
@@ -83,9 +83,7 @@ class Heap:
         self._in_transit: dict[object, int] = {}  # bytes being mapped or unmapped, and in no arena, by operation
         self._busy = False
         self._hand: Lease | None = None  # the lease being handed out
-        self._news: deque[PoolEvent] = deque()
-        self._telling = threading.RLock()
-        self._is_telling = False
+        self._bulletin = Bulletin(observers)
 
         self._requested = self._allocated = self._reserved = 0
         self._peak_requested = self._peak_allocated = self._peak_reserved = 0
@@ -114,13 +112,13 @@ class Heap:
                     self._step_aside(nbytes)
                     return None
             lease = self._grow(nbytes, hidden)
-        if self.observers:
-            self.publish()
+        if self._bulletin.observers:
+            self._bulletin.publish()
         return lease
 
     def _step_aside(self, nbytes: int) -> None:
         self.bypasses += 1
-        self._tell("bypass", 0, nbytes, nbytes)
+        self._bulletin.note("bypass", 0, nbytes, nbytes)
 
     def _reuse(self, nbytes: int, hidden: bool) -> Lease | None:
         """A lease on a free span; None where none fits, or this thread is inside already."""
@@ -169,8 +167,8 @@ class Heap:
             self._peak_requested = self._requested
         if self._allocated > self._peak_allocated:
             self._peak_allocated = self._allocated
-        if self.observers:
-            self._tell("allocate", span.address, span.nbytes, span.requested)
+        if self._bulletin.observers:
+            self._bulletin.note("allocate", span.address, span.nbytes, span.requested)
         return lease
 
     def _salvage(self) -> None:
@@ -237,8 +235,8 @@ class Heap:
         return [self._streams.record(stream) for stream in streams]
 
     def _take_back(self, span: Span) -> None:
-        if self.observers:
-            self._tell("free", span.address, span.nbytes, span.requested)
+        if self._bulletin.observers:
+            self._bulletin.note("free", span.address, span.nbytes, span.requested)
         self._requested -= span.requested
         self._allocated -= span.nbytes
         span.streams = None
@@ -271,8 +269,8 @@ class Heap:
             kind = PoolLimitError if refusal is None else PoolMemoryError
             largest = self._placement.largest_free()
             failure = kind(nbytes, self._allocated, self._reserved, self.limit, largest)
-            self._tell("failure", 0, nbytes, nbytes)
-        self.publish()
+            self._bulletin.note("failure", 0, nbytes, nbytes)
+        self._bulletin.publish()
         try:
             raise failure from refusal
         finally:
@@ -312,7 +310,7 @@ class Heap:
             self._discharge(operation)
             if self._streams is not None:
                 self._streams_seen.add(cast("int", locality))
-            self._tell("reserve", arena.address, arena.nbytes, 0)
+            self._bulletin.note("reserve", arena.address, arena.nbytes, 0)
             self._placement.add(arena)
             span = self._placement.take(self._round_up(nbytes), nbytes, locality)
             assert span is not None, "a new arena serves the request it was made for"
@@ -356,7 +354,7 @@ class Heap:
             released.clear()  # unmapping a large arena takes milliseconds: nobody waits for the lock meanwhile
             self._discharge(operation)
         if inside:
-            self.publish()
+            self._bulletin.publish()
         return leaving
 
     def _drop(self, arena: Arena) -> None:
@@ -365,7 +363,7 @@ class Heap:
         self._placement.discard(arena)
         arena.abandon()
         self._trims += 1
-        self._tell("release", arena.address, arena.nbytes, 0)
+        self._bulletin.note("release", arena.address, arena.nbytes, 0)
 
     def close(self) -> None:
         """Give back what is idle, and let go of the rest: it is freed when its owners die."""
@@ -376,7 +374,7 @@ class Heap:
                 self._let_go()
                 self._salvage()
         if inside:
-            self.publish()
+            self._bulletin.publish()
 
     def _let_go(self) -> None:
         for arena in self._arenas:
@@ -419,7 +417,7 @@ class Heap:
                 self._welcome()
             numbers = self._numbers()
         if inside:
-            self.publish()
+            self._bulletin.publish()
         return numbers
 
     def snapshot(self) -> tuple[PoolStatistics, tuple[ArenaSnapshot, ...]]:
@@ -430,7 +428,7 @@ class Heap:
             waiting = {id(span) for span, _ in self._waiting}
             moment = self._numbers(), tuple(_drawn(arena, waiting) for arena in self._arenas)
         if inside:
-            self.publish()
+            self._bulletin.publish()
         return moment
 
     def reset_peaks(self) -> None:
@@ -441,7 +439,7 @@ class Heap:
             self._peak_requested, self._peak_allocated = self._requested, self._allocated
             self._peak_reserved = self._reserved
         if inside:
-            self.publish()
+            self._bulletin.publish()
 
     def _numbers(self) -> PoolStatistics:
         return PoolStatistics(
@@ -480,45 +478,9 @@ class Heap:
                 self._placement.taken = self._hand = None
                 self._busy = False
 
-    def _tell(self, kind: Kind, address: int, nbytes: int, requested: int) -> None:
-        """Keep an event, in the order in which things happened, until the lock is free."""
-        if self.observers:
-            self._news.append(PoolEvent(kind, address, nbytes, requested, threading.get_ident()))
-
-    def publish(self) -> None:
-        """Tell the observers what happened. Never called with the lock held: they may use the pool.
-
-        All are told an event before the first error of one is raised, and an observer that uses the pool is told what
-        came of that later, after this event.
-        """
-        if not self.observers:
-            return
-        with self._telling:
-            if self._is_telling:
-                return
-            self._is_telling = True
-            try:
-                while self._news:
-                    self._tell_all(self._news.popleft())
-            finally:
-                self._is_telling = False
-
-    def _tell_all(self, event: PoolEvent) -> None:
-        first: Exception | None = None
-        for observer in self.observers:
-            try:
-                observer(event)
-            except Exception as error:
-                first = first or error
-        try:
-            if first is not None:
-                raise first
-        finally:
-            del first  # or it and this frame refer to each other, and keep what was allocated alive
-
     def forked(self) -> None:
         """In a child: threads that may have been telling observers, or mapping memory, are not here."""
-        self._telling, self._is_telling = threading.RLock(), False
+        self._bulletin.forked()
         self._in_transit.clear()
         self._settle()
 
