@@ -429,7 +429,7 @@ def main() -> None:
     device = arguments.device
     record = Record("attention", "Dilated attention with a pool", arguments)
     lengths, trained, rounds = [4096, 16384, 32768, 65536], [16384, 32768], 5
-    changing, passes = traces.lengths(40), 3
+    changing, passes = traces.lengths(30), 2
     if arguments.quick:
         lengths, trained, rounds = [512, 1024], [512], 1
         changing, passes = traces.lengths(3, shortest=512, longest=1024), 1
