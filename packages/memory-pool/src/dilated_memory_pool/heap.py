@@ -222,6 +222,11 @@ class Heap:
             else:
                 waiting.rotate(-1)
 
+    def _tidy(self) -> None:
+        """Take back what came home, and have free neighbours joined, before the arenas are looked at."""
+        self._welcome()
+        self._placement.join()
+
     def _events(self, span: Span) -> list[Event]:
         """What to wait for before the span can be used again.
 
@@ -327,11 +332,11 @@ class Heap:
         gc.collect()
         with self._inside() as inside:
             if inside:
-                self._welcome()
+                self._tidy()
                 for _, events in self._waiting:
                     for event in events:
                         event.wait()
-                self._welcome()
+                self._tidy()
 
     def trim(self, keep: int) -> int:
         """Give back idle arenas, the longest unused first, until ``keep`` bytes are reserved; the bytes given back."""
@@ -341,7 +346,7 @@ class Heap:
         try:
             with self._inside() as inside:
                 if inside:
-                    self._welcome()
+                    self._tidy()
                     idle += sorted((arena for arena in self._arenas if arena.idle), key=_idle_since, reverse=True)
                     while idle and self._reserved - leaving > keep:
                         released.append(idle.pop())
@@ -414,7 +419,7 @@ class Heap:
         """See ``PoolStatistics``."""
         with self._inside() as inside:
             if inside:
-                self._welcome()
+                self._tidy()
             numbers = self._numbers()
         if inside:
             self._bulletin.publish()
@@ -424,7 +429,7 @@ class Heap:
         """The numbers and the map of one moment."""
         with self._inside() as inside:
             if inside:
-                self._welcome()
+                self._tidy()
             waiting = {id(span) for span, _ in self._waiting}
             moment = self._numbers(), tuple(_drawn(arena, waiting) for arena in self._arenas)
         if inside:
@@ -435,7 +440,7 @@ class Heap:
         """Let the peaks start again from what is now."""
         with self._inside() as inside:
             if inside:
-                self._welcome()
+                self._tidy()
             self._peak_requested, self._peak_allocated = self._requested, self._allocated
             self._peak_reserved = self._reserved
         if inside:

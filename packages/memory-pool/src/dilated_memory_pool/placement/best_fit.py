@@ -1,4 +1,8 @@
-"""The full placement: best fit over all free spans, split when taken, joined with their neighbours when given back."""
+"""The full placement: best fit over all free spans, split when taken, joined with their neighbours when given back.
+
+Joining is put off until a request is met that none of the spans just given back fits exactly. So where the same sizes
+come again and again, nothing is split and joined in turns; and every search sees all that is free in one piece.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +32,19 @@ class BestFitPlacement:
         self.taken: Span | None = None
         self._chunk_bytes = chunk_bytes
         self._free: defaultdict[int | None, list[tuple[int, int, Span]]] = defaultdict(list)
+        self._given: defaultdict[tuple[int | None, int], list[Span]] = defaultdict(list)  # back, and not joined yet
         self._clock = 0
 
     def take(self, nbytes: int, requested: int, locality: int | None) -> Span | None:
         """The smallest free span that is large enough, cut to size; what is left stays free."""
+        if self._given:
+            stack = self._given.get((locality, nbytes))
+            if stack:
+                span = self.taken = stack[-1]
+                span.requested = requested
+                del stack[-1]
+                return span
+            self.join()
         free = self._free[locality]
         best = bisect_left(free, (nbytes,))
         if best == len(free):
@@ -46,31 +59,47 @@ class BestFitPlacement:
             arena.spans[place : place + 1] = [span, rest]
         self.taken = span
         span.requested = requested
+        span.joined = False
         del free[best]
         if rest is not None:
-            insort(free, _entry(rest))
+            self._enter(rest)
         return span
 
     def give(self, span: Span) -> None:
-        """Join it with free neighbours."""
+        """Keep it for the next request of its size, or until ``join``."""
+        arena = span.arena
+        arena.idle_since = self._clock = self._clock + 1
+        self._given[arena.locality, span.nbytes].append(span)
+
+    def join(self) -> None:
+        """Join what was given back with its neighbours."""
+        while self._given:
+            _, spans = self._given.popitem()
+            for span in spans:
+                self._join(span)
+
+    def _join(self, span: Span) -> None:
         arena, free = span.arena, self._free[span.arena.locality]
         place = self._index(span)
-        first = place - 1 if place and not arena.spans[place - 1].requested else place
-        last = place + 1 if place + 1 < len(arena.spans) and not arena.spans[place + 1].requested else place
-        joined = arena.spans[first : last + 1]
-        if len(joined) > 1:
-            whole = Span(arena, joined[0].offset, sum(part.nbytes for part in joined))
-            for part in joined:
-                if part is not span:
+        # A neighbour that was given back too, and is not joined yet, will find this one when its turn comes.
+        first = place - 1 if place and arena.spans[place - 1].joined else place
+        last = place + 1 if place + 1 < len(arena.spans) and arena.spans[place + 1].joined else place
+        parts = arena.spans[first : last + 1]
+        if len(parts) > 1:
+            for part in parts:
+                if part.joined:
                     del free[bisect_left(free, _entry(part)[:2])]
-            arena.spans[first : last + 1] = [whole]
-            span = whole
-        insort(free, _entry(span))
-        arena.idle_since = self._clock = self._clock + 1
+            span = Span(arena, parts[0].offset, sum(part.nbytes for part in parts))
+            arena.spans[first : last + 1] = [span]
+        self._enter(span)
+
+    def _enter(self, span: Span) -> None:
+        insort(self._free[span.arena.locality], _entry(span))
+        span.joined = True
 
     def add(self, arena: Arena) -> None:
         """One free span."""
-        insort(self._free[arena.locality], _entry(arena.spans[0]))
+        self._enter(arena.spans[0])
 
     def discard(self, arena: Arena) -> None:
         """Remove its one free span."""
@@ -82,12 +111,13 @@ class BestFitPlacement:
         return max(nbytes, self._chunk_bytes)
 
     def largest_free(self) -> int:
-        """Bytes of the largest free span."""
+        """Bytes of the largest free span, of those that are joined."""
         return max((free[-1][0] for free in self._free.values() if free), default=0)
 
     def rebuild(self, arenas: list[Arena]) -> None:
         """Join what lies side by side and is free, and sort it."""
         self._free.clear()
+        self._given.clear()
         for arena in arenas:
             spans: list[Span] = []
             for span in arena.spans:
@@ -97,9 +127,9 @@ class BestFitPlacement:
                 else:
                     spans.append(span)
             arena.spans[:] = spans
-            self._free[arena.locality] += [_entry(span) for span in spans if not span.requested]
-        for free in self._free.values():
-            free.sort()
+            for span in spans:
+                if not span.requested:
+                    self._enter(span)
 
     @staticmethod
     def _index(span: Span) -> int:

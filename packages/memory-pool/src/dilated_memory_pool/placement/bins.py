@@ -35,6 +35,9 @@ class BinPlacement:
         arena.idle_since = self._clock = self._clock + 1
         self._free[arena.locality, span.nbytes].append(span)
 
+    def join(self) -> None:
+        """Blocks are never joined."""
+
     def add(self, arena: Arena) -> None:
         """A new block."""
         self.give(arena.spans[0])

@@ -25,14 +25,16 @@ class Span:
     Attributes:
         arena, offset, nbytes: where it lies.
         requested: the bytes that were asked for, of the ``nbytes`` handed out; 0 is what makes a span free.
+        joined: free, and known to the placement as one with its free neighbours.
         streams: streams that used the memory beside the one it was allocated for; None while there are none.
     """
 
-    __slots__ = ("arena", "nbytes", "offset", "requested", "streams")
+    __slots__ = ("arena", "joined", "nbytes", "offset", "requested", "streams")
 
     def __init__(self, arena: Arena, offset: int, nbytes: int) -> None:
         self.arena, self.offset, self.nbytes = arena, offset, nbytes
         self.requested = 0
+        self.joined = False
         self.streams: set[int] | None = None
 
     @property
@@ -153,6 +155,9 @@ class Placement(Protocol):
 
     def give(self, span: Span) -> None:
         """Take back ``span``, whose ``requested`` is 0."""
+
+    def join(self) -> None:
+        """Finish what ``give`` put off. Called before arenas are looked at."""
 
     def add(self, arena: Arena) -> None:
         """Take in a new arena, wholly free."""
