@@ -1,4 +1,4 @@
-"""Full mode on a machine of two NUMA nodes, as far as one node can show it: whose arenas serve whom, and what is bound."""
+"""Full mode on two NUMA nodes, as far as one can show it: whose arenas serve whom, and what is bound."""
 
 from __future__ import annotations
 
