@@ -107,7 +107,8 @@ def test_stacked_adaptors_work_from_the_inside_out(host):
         asked.append((nbytes, str(error)))
         return len(asked) < 3
 
-    pool = MemoryPool(FailureCallbackAdaptor(FaultInjectionAdaptor(LimitingAdaptor(witness, "1MiB"), {2}), callback))
+    backend = FailureCallbackAdaptor(FaultInjectionAdaptor(LimitingAdaptor(witness, "1MiB"), {2}), callback)
+    pool = MemoryPool(backend, mode="lightweight")
     kept = pool.allocate("512KiB")
     pool.allocate("512KiB")
     assert asked == [(MIB // 2, "fault injected into allocation 2, of 524288 bytes")]
@@ -198,7 +199,7 @@ def test_idle_memory_of_another_pool_stays_its_own_unless_it_is_named(host):
 
 def test_no_more_is_reclaimed_than_is_missing_and_never_what_is_in_use(host):
     budget = LimitingAdaptor(host, "8MiB")
-    first, second, asking = MemoryPool(budget), MemoryPool(budget), MemoryPool(budget)
+    first, second, asking = (MemoryPool(budget, mode="lightweight") for _ in range(3))
     budget.reclaim_from(first, second)
     used = first.allocate("1MiB")
     idle = [first.allocate("1MiB") for _ in range(3)]
@@ -365,7 +366,8 @@ def test_the_callback_may_free_what_the_request_needs(host):
 
 def test_a_pool_asks_once_before_each_of_its_own_remedies_and_once_after(host):
     asked = []
-    pool = MemoryPool(FailureCallbackAdaptor(LimitingAdaptor(host, 0), lambda nbytes, error: asked.append(nbytes)))
+    backend = FailureCallbackAdaptor(LimitingAdaptor(host, 0), lambda nbytes, error: asked.append(nbytes))
+    pool = MemoryPool(backend, mode="lightweight")
     with pytest.raises(PoolMemoryError):
         pool.allocate("1MiB")
     assert asked == [MIB] * 3
@@ -429,7 +431,9 @@ def test_a_function_chooses_by_number_and_bytes(host):
     assert flaky.failed == [InjectedFault(3, 8192)]
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "full", "arena_bytes": 0}], ids=["lightweight", "full"])
+@pytest.mark.parametrize(
+    "options", [{"mode": "lightweight"}, {"mode": "full", "arena_bytes": 0}], ids=["lightweight", "full"]
+)
 @pytest.mark.parametrize("faults", [1, 2, 3])
 def test_a_pool_survives_two_failures_in_a_row_and_reports_the_third(host, options, faults):
     flaky = FaultInjectionAdaptor(host, set(range(1, faults + 1)))

@@ -26,8 +26,16 @@ CONSTRUCTOR: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "mode": ({"mode": "fast"}, ValueError, "mode must be 'lightweight' or 'full', got 'fast'"),
     "mode-none": ({"mode": None}, ValueError, "mode must be 'lightweight' or 'full', got None"),
     "backend": ({"backend": "gpu"}, ValueError, "backend must be one of ['auto', 'host', 'pinned', 'cupy', 'torch']"),
-    "observers": ({"observers": [ignore]}, ValueError, "observers are told nothing in lightweight mode"),
-    "arena-bytes": ({"arena_bytes": "1MiB"}, ValueError, "arena_bytes has no effect in lightweight mode"),
+    "observers": (
+        {"mode": "lightweight", "observers": [ignore]},
+        ValueError,
+        "observers are told nothing in lightweight mode",
+    ),
+    "arena-bytes": (
+        {"mode": "lightweight", "arena_bytes": "1MiB"},
+        ValueError,
+        "arena_bytes has no effect in lightweight mode",
+    ),
     "arena-bytes-negative": (
         {"mode": "full", "arena_bytes": -1},
         ValueError,

@@ -73,7 +73,7 @@ def test_one_node_is_a_reason_too() -> None:
 
 
 def test_lightweight_mode_has_no_nodes(nodes: TwoNodes) -> None:
-    pool = MemoryPool("host")
+    pool = MemoryPool("host", mode="lightweight")
     first = pool.allocate(4096).address
     nodes.here = 1
     assert pool.allocate(4096).address == first

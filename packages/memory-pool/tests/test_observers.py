@@ -448,7 +448,7 @@ def test_replaying_makes_the_same_requests_of_another_pool(tmp_path):
             pool.allocate(MIB + 1)
         numbers = pool.statistics()
     assert replay(tmp_path / "log", full()) == numbers
-    binned = replay(tmp_path / "log", MemoryPool("host", size_classes=["2MiB", "8MiB"]))
+    binned = replay(tmp_path / "log", MemoryPool("host", mode="lightweight", size_classes=["2MiB", "8MiB"]))
     assert (binned.requested_bytes, binned.allocated_bytes) == (3 * MIB + 5000, 10 * MIB)
     assert (binned.hits, binned.misses, binned.peak_reserved_bytes) == (9, 3, 12 * MIB)
     assert len(kept) == 2

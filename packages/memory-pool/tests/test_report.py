@@ -78,7 +78,7 @@ def test_a_table_has_the_numbers_the_reasons_and_a_line_for_every_arena():
 
 
 def test_a_pool_without_arenas_has_a_table_that_says_so():
-    lines = table(MemoryPool("host")).splitlines()
+    lines = table(MemoryPool("host", mode="lightweight")).splitlines()
     assert lines[0] == "memory pool: host on cpu, lightweight mode"
     assert lines[-1] == "no arenas"
     assert "reserved           0 B         0 B  no limit" in lines

@@ -43,10 +43,10 @@ class MemoryPool:
         limit: how much the pool may reserve: bytes, text such as "2GiB", or a float, the fraction of the backend's
             memory. None for no limit.
         size_classes: "geometric", "power_of_two", "exact", a list of bins, or an object with ``round_up``. By default
-            geometric in lightweight mode and exact in full mode, where spans are split.
+            exact in full mode, where spans are cut to size, and geometric in lightweight mode.
         min_bytes: tensors smaller than this come from ``torch.empty``, which is as fast for them and wastes nothing.
-        mode: "lightweight": every block its own arena, reused within its size class. "full": best fit over all free
-            memory with splitting and joining, arenas local to NUMA nodes, observers.
+        mode: "full": best fit over all free memory with splitting and joining, arenas local to NUMA nodes, observers.
+            "lightweight": every block its own arena, reused within its size class.
         device: index of the CUDA device, for backends that have one; the current one by default.
         arena_bytes: full mode: the least to ask of the backend at a time; 64 MiB by default.
         strict_streams: also wait, before memory is used again, for every other stream the pool has seen. Then a
@@ -79,7 +79,7 @@ class MemoryPool:
         limit: float | str | None = None,
         size_classes: str | SizeClasses | Iterable[int | str] | None = None,
         min_bytes: int | str = "1MiB",
-        mode: Literal["lightweight", "full"] = "lightweight",
+        mode: Literal["lightweight", "full"] = "full",
         device: int | None = None,
         arena_bytes: int | str | None = None,
         strict_streams: bool = False,
@@ -89,7 +89,7 @@ class MemoryPool:
             raise ValueError(f"mode must be 'lightweight' or 'full', got {mode!r}")
         observers = tuple(observers)
         if mode == "lightweight" and observers:
-            raise ValueError("observers are told nothing in lightweight mode: pass mode='full'")
+            raise ValueError("observers are told nothing in lightweight mode, only in full mode")
         if mode == "lightweight" and arena_bytes is not None:
             raise ValueError("arena_bytes has no effect in lightweight mode, where every block is its own arena")
         self.min_bytes = parse_bytes(min_bytes, "min_bytes")

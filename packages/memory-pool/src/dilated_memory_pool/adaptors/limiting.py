@@ -82,7 +82,7 @@ class LimitingAdaptor(Adaptor):
         ticket = next(self._tickets)
         try:
             missing = self._charge(ticket, nbytes)
-            for reference in self._pools:
+            for reference in self._pools if nbytes <= self.limit else ():
                 pool = reference()
                 if missing and pool is not None:
                     pool.trim(max(pool.statistics().reserved_bytes - missing, 0))
