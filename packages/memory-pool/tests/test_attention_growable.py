@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from dilated_memory_pool import PoolLimitError
 from dilated_memory_pool.attention import DEFAULT_POLICIES, AttentionBufferManager, BufferKind
+from dilated_memory_pool.attention.growable import GrowableBuffer
 
 torch = pytest.importorskip("torch")
 
@@ -226,3 +227,23 @@ def test_only_rows_that_are_there_can_be_kept() -> None:
     for length in (-1, 3):
         with pytest.raises(ValueError, match=r"length must lie in \[0, 2\]"):
             buffer.truncate(length)
+
+
+def test_a_signal_handler_may_look_at_it_in_the_middle_of_an_append() -> None:
+    seen: list[tuple[int, int, list[float]]] = []
+
+    def empty(size: tuple[int, ...], *, dtype: Any) -> Any:
+        if started.is_set():
+            seen.append((len(buffer), buffer.capacity, buffer.view().tolist()))
+        return torch.empty(size, dtype=dtype)
+
+    started = threading.Event()
+    buffer = GrowableBuffer(empty, (), dtype=torch.float64, device="cpu", dim=0, capacity=1, growth=2.0)
+    buffer.append(torch.ones(1, dtype=torch.float64))
+    started.set()
+    appending = threading.Thread(target=buffer.append, args=(torch.ones(4, dtype=torch.float64),), daemon=True)
+    appending.start()
+    appending.join(10)
+    assert not appending.is_alive(), "deadlock"
+    assert seen == [(1, 1, [1.0])]
+    assert buffer.view().tolist() == [1.0] * 5

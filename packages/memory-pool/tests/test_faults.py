@@ -104,6 +104,17 @@ def test_a_backend_that_has_no_more_is_told_apart_from_the_limit(make_on_host: M
     assert_drained(pool)
 
 
+@pytest.mark.parametrize("limit", [None, LIMIT])
+def test_a_backend_that_has_no_more_is_given_all_that_is_idle_however_high_the_limit(
+    make_on_host: MakePool, limit: int | None
+) -> None:
+    pool = make_on_host(backend=FakeBackend(FakeDevice(capacity=400_000)), limit=limit, size_classes="exact")
+    pool.allocate(300_000)
+    assert pool.allocate(350_000).nbytes == 350_000
+    assert pool.statistics().trims == 1
+    assert_drained(pool)
+
+
 # ------------------------------------------------------------------------------------------ the pool's own code
 
 
@@ -172,6 +183,26 @@ def test_a_signal_handler_may_allocate_at_any_moment(make_on_host: MakePool) -> 
         signal.signal(signal.SIGALRM, before)
     assert pool.statistics().bypasses > 0, "no signal came inside the pool"
     kept.clear()
+    assert_drained(pool)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs setitimer")
+def test_an_interrupt_during_the_last_use_of_a_tensor_reaches_the_caller(make_on_host: MakePool) -> None:
+    # The tensor dies with the long call, before the bytecode at which Python looks for signals: the first one.
+    pool, side = make_on_host(), 1000
+    weight = torch.ones(side, side)
+    pool.reserve(weight.nbytes)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for _ in range(5):
+            with pytest.raises(KeyboardInterrupt):  # noqa: PT012  # the second call is for a fast machine
+                signal.setitimer(signal.ITIMER_REAL, 0.005)
+                torch.matmul(pool.empty((side, side), dtype=torch.float32), weight)
+                time.sleep(10)
+            assert pool.statistics().allocated_bytes == 0
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
     assert_drained(pool)
 
 

@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from pool_checks import assert_consistent, assert_drained, piece_of
 from torch.utils.dlpack import from_dlpack
 
 from dilated_memory_pool import Block, MemoryPool
+from dilated_memory_pool.adaptors import LimitingAdaptor
+from dilated_memory_pool.backends import HostBackend
 
 SHAPE = (64, 1024)
 NBYTES = 4 * 64 * 1024
@@ -152,6 +155,59 @@ def test_a_finaliser_in_a_cycle_may_use_and_save_its_block(pool: MemoryPool) -> 
     gc.collect()  # the holder was saved, and is now garbage for the second time
     assert allocated(pool) == 0
     assert_drained(pool)
+
+
+@pytest.mark.usefixtures("no_gc")
+def test_a_finaliser_in_a_cycle_may_use_memory_that_nobody_else_keeps(make_on_host: MakePool) -> None:
+    # Arena and charge are older than Holder, and finalised first; the pool is gone before.
+    budget = LimitingAdaptor(HostBackend(), "1MiB")
+    pool, heir = make_on_host(backend=budget), make_on_host()
+    Holder(heir, pool.allocate(NBYTES))
+    del pool
+    gc.collect()
+    assert [intact for _, intact in finalised] == [True]
+    assert finalised[0][0].piece.intact()
+    assert budget.used_bytes == NBYTES
+    finalised.clear()
+    gc.collect()
+    assert budget.used_bytes == 0
+
+
+class Owner:
+    """Garbage that has a pool of its own, in a cycle with it, and saves itself."""
+
+    def __init__(self, make: MakePool) -> None:
+        self.me = self
+        self.pool = make(size_classes=self)
+        self.block = self.pool.allocate(NBYTES)
+
+    def round_up(self, nbytes: int) -> int:
+        return nbytes
+
+    def __del__(self) -> None:
+        saved.append(self)
+
+
+saved: list[Owner] = []
+
+
+@pytest.mark.usefixtures("no_gc")
+def test_a_pool_that_a_finaliser_saved_is_as_before(make_on_host: MakePool) -> None:
+    budget = LimitingAdaptor(HostBackend(), 4 * NBYTES)
+    Owner(partial(make_on_host, backend=budget))
+    gc.collect()
+    pool = saved[0].pool
+    assert pool.owns(saved[0].block)
+    assert budget.used_bytes == pool.statistics().reserved_bytes == NBYTES
+    blocks = [pool.allocate(NBYTES) for _ in range(3)]
+    assert allocated(pool) == budget.used_bytes == 4 * NBYTES
+    blocks.clear()
+    assert allocated(pool) == NBYTES
+    assert_consistent(pool)
+    saved.clear()
+    del pool
+    gc.collect()  # it is garbage for the second time
+    assert budget.used_bytes == 0
 
 
 # ------------------------------------------------------------------------------------------ nothing of an earlier life

@@ -20,7 +20,7 @@ from dilated_memory_pool import MemoryPool
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 pool = MemoryPool("host", mode={mode!r}, min_bytes=0)
 """
-WATCHDOG_SECONDS = 60
+WATCHDOG_SECONDS = 30
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
@@ -119,8 +119,6 @@ def test_a_fork_while_other_threads_allocate_does_not_deadlock(mode: str) -> Non
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("torch", [False, True], ids=["blocks", "tensors"])
 def test_the_interpreter_ends_quietly_whatever_is_alive(mode: str, torch: bool) -> None:
-    # The daemons have a pool of their own: Python stops them where they are, with any lock they hold, and whoever
-    # waits for such a lock after that waits for ever. So a finaliser of the last minute must not allocate from it.
     run(
         f"""
         tensors = {torch}
@@ -156,6 +154,67 @@ def test_the_interpreter_ends_quietly_whatever_is_alive(mode: str, torch: bool) 
             threading.Thread(target=hammer, daemon=True).start()
         time.sleep(0.1)
         """,
+        mode,
+    )
+
+
+LAST_MINUTE = """
+class Last:
+    def __init__(self, pool):
+        self.me, self.block, self.pool = self, pool.allocate(3000), pool
+
+    def __del__(self):
+        memoryview(self.block).cast("B")[:] = b"l" * 3000
+        memoryview(self.pool.allocate(3000)).cast("B")[:] = b"n" * 3000
+        self.pool.statistics()
+        self.pool.snapshot()
+        self.pool.trim()
+        self.pool.close()
+        assert bytes(self.block) == b"l" * 3000
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_the_interpreter_ends_though_daemons_allocate_from_a_pool_in_use(mode: str) -> None:
+    for _ in range(3):
+        run(
+            LAST_MINUTE
+            + """
+def hammer():
+    while True:
+        pool.allocate(20_000)
+
+sys.setswitchinterval(1e-6)
+gc.disable()
+Last(pool)  # collected when the interpreter ends
+for _ in range(4):
+    threading.Thread(target=hammer, daemon=True).start()
+time.sleep(0.1)
+""",
+            mode,
+        )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_interpreter_ends_though_a_stopped_thread_holds_the_lock(mode: str) -> None:
+    run(
+        LAST_MINUTE
+        + """
+class Sizes:
+    def round_up(self, nbytes):
+        if threading.current_thread() is not threading.main_thread():
+            inside.set()
+            time.sleep(1000)
+        return nbytes
+
+inside = threading.Event()
+stuck = MemoryPool("host", mode=pool.mode, size_classes=Sizes())
+gc.disable()
+Last(stuck)  # collected when the interpreter ends
+threading.Thread(target=stuck.allocate, args=(20_000,), daemon=True).start()
+assert inside.wait(10)
+""",
         mode,
     )
 

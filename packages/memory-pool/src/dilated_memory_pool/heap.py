@@ -17,6 +17,7 @@ from bisect import bisect_right, insort
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter
 from sys import is_finalizing as _is_finalizing
 from typing import Literal, cast
@@ -84,6 +85,8 @@ class Heap:
         self._busy = False
         self._hand: Lease | None = None  # the lease being handed out
         self._bulletin = Bulletin(observers)
+        self._let_go = partial(_let_go, self._arenas, self._home, self._returned, self._waiting)
+        self._heir: _Heir | None = None
 
         self._requested = self._allocated = self._reserved = 0
         self._peak_requested = self._peak_allocated = self._peak_reserved = 0
@@ -256,7 +259,7 @@ class Heap:
         refusal: MemoryError | None = None
         for remedies in (), (self._make_room,), (self._collect, self._make_room):
             for remedy in remedies:
-                remedy(size)
+                remedy(size, refusal is not None)
                 lease = self._reuse(nbytes, hidden)
                 if lease is not None:
                     return lease
@@ -322,12 +325,12 @@ class Heap:
             self._misses += 1
             return self._hand_out(span, hidden)
 
-    def _make_room(self, size: int) -> None:
-        """Give back what is idle: as much as the limit needs, or all where the backend itself has no more."""
-        keep = self.limit - size if self.limit is not None else 0
-        self.trim(max(keep, 0))
+    def _make_room(self, size: int, refused: bool) -> None:
+        """Give back what is idle: as much as the limit needs, or all where the backend itself ``refused``."""
+        limit = self.limit
+        self.trim(0 if refused or limit is None else max(limit - size, 0))
 
-    def _collect(self, size: int) -> None:
+    def _collect(self, size: int, refused: bool) -> None:
         """Free what only reference cycles keep alive, and wait for the streams that memory waits for."""
         gc.collect()
         with self._inside() as inside:
@@ -357,7 +360,8 @@ class Heap:
         finally:
             idle.clear()
             released.clear()  # unmapping a large arena takes milliseconds: nobody waits for the lock meanwhile
-            self._discharge(operation)
+            if leaving:
+                self._discharge(operation)
         if inside:
             self._bulletin.publish()
         return leaving
@@ -381,17 +385,13 @@ class Heap:
         if inside:
             self._bulletin.publish()
 
-    def _let_go(self) -> None:
-        for arena in self._arenas:
-            arena.abandon()
-        self._arenas.clear()
-        self._home.close()
-        self._returned.clear()
-        self._waiting.clear()
-
     def __del__(self) -> None:
         # Without the lock, which a finaliser must not take: nobody is inside a heap that nobody holds.
-        if hasattr(self, "_arenas"):
+        if not hasattr(self, "_let_go"):
+            return
+        if gc.is_finalized(self):  # by the garbage collector: the next finaliser may use the heap, see PlainLease
+            self._heir = _Heir(self._let_go)
+        else:
             self._let_go()
 
     # ------------------------------------------------------------------------------------------ looking
@@ -468,7 +468,12 @@ class Heap:
 
     @contextmanager
     def _inside(self) -> Iterator[bool]:
-        """Hold the lock and be busy. Yields False, and changes nothing, where this thread is busy here already."""
+        """Hold the lock and be busy. Yields False, and changes nothing, where this thread is busy here already, and
+        where the interpreter ends: a thread that is no more may hold the lock, and no other runs.
+        """
+        if _is_finalizing():
+            yield False
+            return
         with self.lock:
             if self._busy:
                 yield False
@@ -488,6 +493,26 @@ class Heap:
         self._bulletin.forked()
         self._in_transit.clear()
         self._settle()
+
+
+def _let_go(arenas: list[Arena], home: Home, returned: deque[Span], waiting: deque[tuple[Span, list[Event]]]) -> None:
+    """Have no arenas any more. What is in use is freed when its owners die."""
+    for arena in arenas:
+        arena.abandon()
+    arenas.clear()
+    home.close()
+    returned.clear()
+    waiting.clear()
+
+
+class _Heir:
+    """Lets go of what was a heap's, when the heap is really gone."""
+
+    def __init__(self, let_go: Callable[[], None]) -> None:
+        self._let_go = let_go
+
+    def __del__(self) -> None:
+        self._let_go()
 
 
 def _drawn(arena: Arena, waiting: set[int]) -> ArenaSnapshot:

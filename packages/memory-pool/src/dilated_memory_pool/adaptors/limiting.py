@@ -11,6 +11,7 @@ granted too much.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from itertools import count
 from typing import TYPE_CHECKING
@@ -125,6 +126,10 @@ class _Charged:
         return self._memory.tensor()
 
     def __del__(self) -> None:
+        if gc.is_finalized(self):  # by the garbage collector: the next finaliser may use the memory, see PlainLease
+            heir = _Charged(self._memory, self._charges, self._ticket)
+            self._memory, self.lease = heir, lambda: heir.lease()  # the heir alone holds what is the upstream's
+            return
         # In this order: a charge that went first would let others map before this is unmapped. A weak reference's
         # callback would be too early for the same reason.
         del self.lease, self._memory

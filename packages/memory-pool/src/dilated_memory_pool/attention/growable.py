@@ -62,27 +62,26 @@ class GrowableBuffer:
         self.dtype: torch.dtype = self._torch.get_default_dtype() if dtype is None else dtype
         self.device: torch.device = self._torch.device(device)
         self._empty, self._growth = empty, growth
-        self._lock = threading.Lock()
-        self._length = 0
-        self._rows = self._allocate(_count(capacity, "capacity"))
+        self._lock = threading.Lock()  # for changes; who looks, perhaps in a signal handler amid a change, needs none
+        self._kept = self._allocate(_count(capacity, "capacity")), 0  # memory and length, exchanged in one step
 
     # ------------------------------------------------------------------------------------------ looking
 
     def __len__(self) -> int:
-        return self._length
+        return self._kept[1]
 
     @property
     def capacity(self) -> int:
         """Rows there is room for without growing."""
-        return self._rows.shape[self.dim]
+        return self._kept[0].shape[self.dim]
 
     def view(self) -> torch.Tensor:
         """The rows so far, without a copy. Its shape is ``row_shape`` with ``len(self)`` at ``dim``."""
-        with self._alone():
-            return self._rows.narrow(self.dim, 0, self._length)
+        memory, length = self._kept
+        return memory.narrow(self.dim, 0, length)
 
     def __repr__(self) -> str:
-        return f"<GrowableBuffer of {self._length} rows of {self.row_shape} {self.dtype}, room for {self.capacity}>"
+        return f"<GrowableBuffer of {len(self)} rows of {self.row_shape} {self.dtype}, room for {self.capacity}>"
 
     # ------------------------------------------------------------------------------------------ changing
 
@@ -98,11 +97,12 @@ class GrowableBuffer:
         """
         self._check(rows)
         with self._alone(), self._torch.no_grad():
-            end = self._length + rows.shape[self.dim]
+            memory, length = self._kept
+            end = length + rows.shape[self.dim]
             if end > self.capacity:
-                self._grow(end)
-            self._rows.narrow(self.dim, self._length, end - self._length).copy_(rows)
-            self._length = end
+                memory = self._grown(end)
+            memory.narrow(self.dim, length, end - length).copy_(rows)
+            self._kept = memory, end
 
     def truncate(self, length: int) -> None:
         """Keep the first ``length`` rows, and the memory.
@@ -112,15 +112,15 @@ class GrowableBuffer:
         """
         with self._alone():
             kept = _whole(length, "length")
-            if not 0 <= kept <= self._length:
-                raise ValueError(f"length must lie in [0, {self._length}], got {length}")
-            self._length = kept
+            memory, now = self._kept
+            if not 0 <= kept <= now:
+                raise ValueError(f"length must lie in [0, {now}], got {length}")
+            self._kept = memory, kept
 
     def clear(self) -> None:
         """Keep no rows and no memory."""
         with self._alone():
-            self._length = 0
-            self._rows = self._allocate(0)
+            self._kept = self._allocate(0), 0
 
     # ------------------------------------------------------------------------------------------ helpers
 
@@ -144,8 +144,8 @@ class GrowableBuffer:
         if rows.requires_grad:
             raise ValueError("rows require a gradient, and none flows through this buffer: append rows.detach()")
 
-    def _grow(self, needed: int) -> None:
-        """Room for ``needed`` rows, and more where the memory allows it."""
+    def _grown(self, needed: int) -> torch.Tensor:
+        """The rows, with room for ``needed``, and for more where the memory allows it."""
         wanted = max(needed, math.ceil(self.capacity * self._growth))
         try:
             larger = self._allocate(wanted)
@@ -153,8 +153,8 @@ class GrowableBuffer:
             if wanted == needed:
                 raise
             larger = self._allocate(needed)
-        larger.narrow(self.dim, 0, self._length).copy_(self._rows.narrow(self.dim, 0, self._length))
-        self._rows = larger
+        larger.narrow(self.dim, 0, len(self)).copy_(self.view())
+        return larger
 
     def _allocate(self, rows: int) -> torch.Tensor:
         """Memory for so many, that may be written to in inference mode and outside of it."""

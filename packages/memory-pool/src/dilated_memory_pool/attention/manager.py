@@ -145,12 +145,12 @@ class AttentionBufferManager:
         if not self._pools.policies[allocator.kind].shared:
             kinds = [kind.value for kind, policy in self._pools.policies.items() if policy.shared]
             raise ValueError(f"kind must be one whose policy has shared=True, {kinds} here, got {kind!r}")
+        if import_torch().compiler.is_compiling():
+            return create(allocator.empty)
         try:
             hash(key)
         except TypeError as error:
             raise TypeError(f"key must be hashable, got {key!r}") from error
-        if import_torch().compiler.is_compiling():
-            return create(allocator.empty)
         pool = self._pools.get(allocator.kind)
         tensor = self._shared.get((allocator.kind, key), lambda: make_in(pool, allocator.empty, create))
         streams = pool.backend.streams

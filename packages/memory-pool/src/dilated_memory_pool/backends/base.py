@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 class Memory(Protocol):
     """One contiguous piece of memory. It is given back when this object dies, never before.
 
+    A ``__del__`` that gives it back must not do so where ``gc.is_finalized(self)``: there the garbage collector calls
+    it, and the next finaliser may still use the memory. Where an object written in C owns it, such as an ``mmap``, no
+    ``__del__`` is needed.
+
     Attributes:
         address: of the first byte, for the device that uses it.
         nbytes: how many bytes the pool may use.
