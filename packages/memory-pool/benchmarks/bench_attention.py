@@ -1,6 +1,6 @@
 """dilated_attention with and without a pool: single lengths, training, and lengths that change from call to call.
 
-    python bench_attention.py                   everything, about a quarter of an hour on two cores
+    python bench_attention.py                   everything, about twelve minutes on two cores
     python bench_attention.py --quick
     python bench_attention.py --device cuda
 
@@ -429,7 +429,7 @@ def main() -> None:
     device = arguments.device
     record = Record("attention", "Dilated attention with a pool", arguments)
     lengths, trained, rounds = [4096, 16384, 65536], [16384], 5
-    changing, passes = traces.lengths(20), 2
+    changing, passes = traces.lengths(12), 2
     if arguments.quick:
         lengths, trained, rounds = [512, 1024], [512], 1
         changing, passes = traces.lengths(3, shortest=512, longest=1024), 1

@@ -66,8 +66,12 @@ def _out_of_reach(filename: str) -> tuple[frozenset[int], frozenset[int]]:
 
 
 def _in_reach(frame: FrameType) -> bool:
-    """Whether the frame is not leaving a ``with``, and neither it nor a caller within the pool is cleaning up."""
-    if frame.f_lineno in _out_of_reach(frame.f_code.co_filename)[0]:
+    """Whether the frame is not leaving a ``with``, and neither it nor a caller within the pool is cleaning up.
+
+    Bytecodes of no line close an ``except``: an exception before that is done keeps the one that was handled, and with
+    it the frames and all they hold, in CPython's own books.
+    """
+    if frame.f_lineno is None or frame.f_lineno in _out_of_reach(frame.f_code.co_filename)[0]:
         return False
     caller: FrameType | None = frame
     while caller is not None:
