@@ -37,7 +37,7 @@ class FaultInjectionAdaptor(Adaptor):
     >>> from dilated_memory_pool import MemoryPool
     >>> from dilated_memory_pool.backends import HostBackend
     >>> flaky = FaultInjectionAdaptor(HostBackend(), fail={1, 2})
-    >>> MemoryPool(flaky).allocate(8192)
+    >>> MemoryPool(flaky, mode="lightweight").allocate(8192)
     <Block of 8192 bytes ...>
     >>> flaky.failed
     [InjectedFault(call=1, nbytes=8192), InjectedFault(call=2, nbytes=8192)]

@@ -18,7 +18,7 @@ def to_json(pool: MemoryPool | PoolSnapshot) -> dict[str, Any]:
 
     >>> import json
     >>> from dilated_memory_pool import MemoryPool
-    >>> pool = MemoryPool("host")
+    >>> pool = MemoryPool("host", mode="lightweight")
     >>> block = pool.allocate("4KiB")
     >>> json.loads(json.dumps(to_json(pool)))["arenas"][0]["spans"]
     [{'offset': 0, 'nbytes': 4096, 'requested': 4096, 'state': 'used'}]
