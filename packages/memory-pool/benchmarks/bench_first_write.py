@@ -55,7 +55,7 @@ def pools(device: torch.device) -> dict[str, Callable[[], MemoryPool]]:
     """The pools to compare; on a host one without huge pages too."""
     found: dict[str, Callable[[], MemoryPool]] = dict(makers(device))
     if device.type == "cpu":
-        found["lightweight, small pages"] = lambda: MemoryPool(HostBackend(huge_pages=False))
+        found["lightweight, small pages"] = lambda: MemoryPool(HostBackend(huge_pages=False), mode="lightweight")
     return found
 
 

@@ -17,10 +17,10 @@ MODES: tuple[Literal["lightweight", "full"], ...] = ("lightweight", "full")
 LIGHTWEIGHT_EXACT = "lightweight, exact"
 # Modes with their size classes, by name: arguments of ``MemoryPool``.
 KINDS: dict[str, dict[str, Any]] = {
-    "lightweight, 4 a doubling": {"size_classes": Geometric(4)},
-    "lightweight, 8 a doubling (default)": {},
-    "lightweight, power_of_two": {"size_classes": "power_of_two"},
-    LIGHTWEIGHT_EXACT: {"size_classes": "exact"},
+    "lightweight, 4 a doubling": {"mode": "lightweight", "size_classes": Geometric(4)},
+    "lightweight, 8 a doubling (default)": {"mode": "lightweight"},
+    "lightweight, power_of_two": {"mode": "lightweight", "size_classes": "power_of_two"},
+    LIGHTWEIGHT_EXACT: {"mode": "lightweight", "size_classes": "exact"},
     "full, exact (default)": {"mode": "full"},
     "full, 8 a doubling": {"mode": "full", "size_classes": "geometric"},
 }
