@@ -1,0 +1,450 @@
+"""PatternCache: a bounded mapping that computes what it lacks, once.
+
+This is its face: arguments, the mapping, statistics. A hit takes no lock: one look into a dictionary, and three calls
+into C to count it. All that changes what is stored is in ``store``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Hashable,
+    ItemsView,
+    Iterable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    ValuesView,
+)
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
+
+from dilated_pattern_cache.checks import limit, policy_named
+from dilated_pattern_cache.guards import GUARDS, Guard
+from dilated_pattern_cache.policies import Policy
+from dilated_pattern_cache.statistics import CacheInfo, DeviceInfo, EntryInfo, Eviction, WarmReport
+from dilated_pattern_cache.store import Store
+from dilated_pattern_cache.tracing import compiling
+from dilated_pattern_cache.values import charges_of, measured_by
+
+if TYPE_CHECKING:
+    from torch import device as Device
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+D = TypeVar("D")
+
+
+class PatternCache(MutableMapping[K, V]):
+    """A mapping of bounded size that computes what it lacks, once, however many threads ask at the same time.
+
+    ``get_or_create(key, create)`` is the way to use it. It is also a mutable mapping, as every cache of cachetools is:
+    a look-up by ``[]`` or ``get`` is a use, ``in`` and iteration are none, ``popitem`` takes what would leave next.
+
+    Args:
+        max_entries: how many values it holds; None for any number.
+        max_bytes: how much memory these may take; None for any amount.
+        max_device_bytes: the same for the copies on each device other than where the values were made.
+        policy: what leaves first: "lru", what was not used for the longest time; "gdsf", what is cheap to make, large
+            and seldom used (see ``policies.GreedyDualSize``); or a function that returns a ``policies.Policy``.
+        size_of: the bytes of a value. By default those of the tensors, arrays and buffers in it, where memory that
+            several share counts once, also when they belong to several values.
+        guard: how a change of a cached value is noticed when it is next given out: "version", by the version counters
+            of its tensors, NumPy arrays being made read-only; "contents", by a copy, to find a fault; None, not at all.
+        on_evict: called with an ``Eviction`` after a value has left because of a limit, by the thread whose value
+            displaced it. What it raises reaches the caller, the new value being stored.
+
+    Values must not depend on anything that is not in their key. ``create`` is called outside of the lock, without
+    recording gradients, and not at all while another thread makes the same value.
+
+    Under ``torch.compile`` and ``torch.export``, ``get_or_create`` is ``create()``: tensors become part of the graph.
+    It is also in dispatch modes, transforms of ``torch.func`` and traces, where tensors are not what they seem.
+
+    A fork leaves the child with a cache of the same content. Copies by ``copy`` and ``deepcopy`` are the cache itself,
+    which modules may share; a pickle brings its options over, and no content.
+
+    >>> cache = PatternCache(max_entries=2)
+    >>> cache.get_or_create(("squares", 4), lambda: [n * n for n in range(4)])
+    [0, 1, 4, 9]
+    >>> cache.get_or_create(("squares", 4), lambda: 1 / 0)
+    [0, 1, 4, 9]
+    >>> cache.info().hits, cache.info().misses
+    (1, 1)
+    """
+
+    def __init__(
+        self,
+        max_entries: int | None = 100,
+        max_bytes: int | None = None,
+        *,
+        max_device_bytes: int | None = None,
+        policy: str | Callable[[], Policy] = "lru",
+        size_of: Callable[[V], int] | None = None,
+        guard: Guard | None = "version",
+        on_evict: Callable[[Eviction], object] | None = None,
+    ) -> None:
+        if guard not in GUARDS:
+            raise ValueError(f"guard must be 'version', 'contents' or None, got {guard!r}")
+        for name, call in (("size_of", size_of), ("on_evict", on_evict)):
+            if call is not None and not callable(call):
+                raise TypeError(f"{name} must be callable, got {call!r}")
+        self._options: dict[str, Any] = {
+            "max_entries": limit("max_entries", max_entries),
+            "max_bytes": limit("max_bytes", max_bytes),
+            "max_device_bytes": limit("max_device_bytes", max_device_bytes),
+            "policy": policy,
+            "size_of": size_of,
+            "guard": guard,
+            "on_evict": on_evict,
+        }
+        charges = charges_of if size_of is None else measured_by(size_of)
+        self._store = Store(policy_named(policy), max_entries, max_bytes, max_device_bytes, charges, guard, on_evict)
+        # What a hit needs, looked up once.
+        masters = self._store.masters
+        self._find, self._add_hit, self._clock = self._store.find, masters.hits.add, masters.policy.clock
+        self._compiling = compiling()
+
+    # ---------------------------------------------------------------------------------------------- looking up
+
+    def get_or_create(self, key: K, create: Callable[[], V], *, device: Device | str | None = None) -> V:
+        """The value of ``key``; where there is none, ``create()``, which is kept.
+
+        Of all who ask for one key at a time, one calls ``create``, and the others wait for its result, or get its
+        exception, which is not kept. An exception that is no ``Exception``, such as KeyboardInterrupt, is for its own
+        thread alone: one of the others then calls its own ``create``.
+
+        A value that cannot be kept, because it is too large or all else is pinned, is returned all the same.
+
+        Args:
+            key: hashable.
+            create: called without arguments.
+            device: where the tensors of the value must lie. A copy is made once and kept beside the value; it is
+                ready for the caller's current stream.
+
+        Raises:
+            RuntimeError: ``create`` asks for its own key, directly or through other threads.
+            PatternMutatedError: somebody changed the value in place.
+            TypeError: the value has tensors that others could not use, or ``device`` is given and it is made of parts
+                that cannot be moved.
+        """
+        if self._compiling():
+            return _step_aside(create, device)
+        entry = self._find(key)
+        if entry is None:
+            value = cast(V, self._store.fly(self._store.masters, key, partial(self._store.new_entry, key, create)))
+        elif entry.intact is not None and not self._store.intact(entry):
+            self._store.masters.bypasses.add()
+            return _step_aside(create, device)
+        else:
+            self._add_hit()
+            entry.add_hit()
+            entry.used = self._clock()
+            value = entry.value
+        return value if device is None else cast(V, self._store.on_device(key, value, device))
+
+    async def aget_or_create(
+        self, key: K, create: Callable[[], V | Awaitable[V]], *, device: Device | str | None = None
+    ) -> V:
+        """``get_or_create`` for asyncio: ``create`` may return an awaitable, and waiting lets other tasks run.
+
+        Threads and tasks, of any event loop, wait for one another. A task that is cancelled while it creates leaves
+        the work to one of those who wait. What is awaited runs in the gradient mode of the task.
+        """
+        if self._find(key) is not None:
+            return self.get_or_create(key, cast(Callable[[], V], create), device=device)
+        value = cast(V, await self._store.fly_async(key, create))
+        return value if device is None else cast(V, self._store.on_device(key, value, device))
+
+    @overload
+    def get(self, key: K, /) -> V | None: ...
+    @overload
+    def get(self, key: K, /, default: D, *, device: Device | str | None = ...) -> V | D: ...
+    @overload
+    def get(self, key: K, /, *, device: Device | str | None) -> V | None: ...
+    def get(self, key: K, /, default: Any = None, *, device: Device | str | None = None) -> Any:
+        """The value of ``key``, or ``default``; on ``device``, where it is copied if need be."""
+        try:
+            value = self[key]
+        except KeyError:
+            return default
+        return value if device is None else cast(V, self._store.on_device(key, value, device))
+
+    def __getitem__(self, key: K) -> V:
+        if self._compiling():
+            raise KeyError(key)
+        entry = self._find(key)
+        if entry is None:
+            self._store.masters.misses.add()
+            raise KeyError(key)
+        if entry.intact is not None:
+            self._store.intact(entry)
+        self._add_hit()
+        entry.add_hit()
+        entry.used = self._clock()
+        return cast(V, entry.value)
+
+    # ---------------------------------------------------------------------------------------------- storing
+
+    def put(self, key: K, value: V, *, seconds: float = 0.0) -> None:
+        """Store a value, as ``cache[key] = value`` does. What is being made for the key is not kept any more.
+
+        Args:
+            key: hashable. An entry of this key is replaced, and stays pinned if it was.
+            value: shared from now on: not to be changed.
+            seconds: what it took to make, for the "gdsf" policy and the statistics.
+
+        Raises:
+            ValueError: there can be no room for it: it is too large, or all else is pinned. The cache is as before.
+            TypeError: the value has tensors that others could not use.
+        """
+        if self._compiling():
+            return
+        self._store.put(self._store.describe(key, value, seconds))
+
+    def __setitem__(self, key: K, value: V) -> None:
+        self.put(key, value)
+
+    def setdefault(self, key: K, default: V) -> V:
+        """The value of ``key``; where there is none, ``default``, which is stored."""
+        return self.get_or_create(key, lambda: default)
+
+    def __delitem__(self, key: K) -> None:
+        entry = self._find(key)
+        if entry is None or not self._store.discard(entry):
+            raise KeyError(key)
+
+    @overload
+    def pop(self, key: K, /) -> V: ...
+    @overload
+    def pop(self, key: K, /, default: V | D) -> V | D: ...
+    def pop(self, key: K, /, *default: Any) -> Any:
+        """Remove ``key`` and return its value; ``default``, if given, where there is none.
+
+        Raises:
+            KeyError: there is neither.
+        """
+        entry = self._find(key)
+        if entry is None or not self._store.discard(entry):
+            if not default:
+                raise KeyError(key)
+            return default[0]
+        return entry.value
+
+    def popitem(self) -> tuple[K, V]:
+        """Remove what would leave next, pinned or not, and return its (key, value).
+
+        Raises:
+            KeyError: the cache is empty.
+        """
+        entry = self._store.pop_first()
+        if entry is None:
+            raise KeyError("the cache is empty")
+        return cast(K, entry.key), entry.value
+
+    def clear(self) -> None:
+        """Remove all values, and keep nothing that is being made. The statistics go on."""
+        self._store.clear()
+
+    def pin(self, *keys: K) -> None:
+        """Keep these from being evicted, with their copies, until they are unpinned, replaced by hand or removed.
+
+        Raises:
+            KeyError: one is not there. None is pinned then.
+        """
+        for entry in self._store.with_copies(keys):
+            entry.pinned = True
+
+    def unpin(self, *keys: K) -> None:
+        """Let these be evicted again.
+
+        Raises:
+            KeyError: one is not there.
+        """
+        for entry in self._store.with_copies(keys):
+            entry.pinned = False
+
+    def warm(
+        self,
+        patterns: Mapping[K, Callable[[], V]] | Iterable[tuple[K, Callable[[], V]]],
+        *,
+        device: Device | str | None = None,
+        pin: bool = False,
+        workers: int = 1,
+        progress: Callable[[int, int, K], object] | None = None,
+    ) -> WarmReport:
+        """Make many values before they are needed.
+
+        Args:
+            patterns: ``create`` by key, or pairs of both.
+            device: where copies are wanted, too.
+            pin: whether the values are pinned.
+            workers: how many threads make them; 1 for the caller's own.
+            progress: called with (how many are done, of how many, the key just done) by the caller's thread.
+
+        Raises:
+            Exception: the first that a ``create`` raises; what was not begun by then is not made.
+        """
+        if not isinstance(workers, int) or workers < 1:
+            raise ValueError(f"workers must be at least 1, got {workers!r}")
+        pairs = list(patterns.items() if isinstance(patterns, Mapping) else patterns)
+        created = []  # appending is whole under any number of threads
+
+        def make(key: K, create: Callable[[], V]) -> K:
+            def counted() -> V:
+                created.append(key)
+                return create()
+
+            self.get_or_create(key, counted, device=device)
+            if pin and (entry := self._find(key)) is not None:
+                entry.pinned = True
+            return key
+
+        masters, started = self._store.masters, perf_counter()
+        rejections, evictions = masters.rejections.value, masters.evictions
+        for done, key in enumerate(_results(make, pairs, workers), start=1):
+            if progress is not None:
+                progress(done, len(pairs), key)
+        return WarmReport(
+            created=len(created),
+            found=len(pairs) - len(created),
+            rejected=masters.rejections.value - rejections,
+            evicted=masters.evictions - evictions,
+            seconds=perf_counter() - started,
+        )
+
+    # ---------------------------------------------------------------------------------------------- looking at it
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._store.masters.entries
+
+    def __len__(self) -> int:
+        return len(self._store.masters.entries)
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(cast(list[K], list(self._store.masters.entries)))  # as it is now, whatever other threads do
+
+    def items(self) -> ItemsView[K, V]:
+        """A view of (key, value). Looking through it is no use of any."""
+        return _Items(self)
+
+    def values(self) -> ValuesView[V]:
+        """A view of the values. Looking through it is no use of any."""
+        return _Values(self)
+
+    __eq__ = object.__eq__  # a cache is itself and no other, whatever it holds
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        limit = "" if self._store.masters.max_entries is None else f" of {self._store.masters.max_entries}"
+        return f"<{type(self).__name__}: {len(self)}{limit} entries, {self._store.masters.nbytes:,} bytes>"
+
+    @property
+    def max_entries(self) -> int | None:
+        """How many values it holds at most."""
+        return self._store.masters.max_entries
+
+    @property
+    def max_bytes(self) -> int | None:
+        """How many bytes its values take at most."""
+        return self._store.masters.max_bytes
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its values take now."""
+        return self._store.masters.nbytes
+
+    def info(self) -> CacheInfo:
+        """The statistics: totals since the cache was made, and its size now."""
+        masters = self._store.masters
+        saved = sum(entry.tally.value * entry.seconds for entry in list(masters.entries.values()))
+        return CacheInfo(
+            hits=masters.hits.value,
+            misses=masters.misses.value,
+            waits=masters.waits.value,
+            bypasses=masters.bypasses.value,
+            creations=masters.creations.value,
+            failures=masters.failures.value,
+            evictions=masters.evictions,
+            rejections=masters.rejections.value,
+            entries=len(masters.entries),
+            max_entries=masters.max_entries,
+            nbytes=masters.nbytes,
+            max_bytes=masters.max_bytes,
+            seconds_spent=self._store.seconds_spent,
+            seconds_saved=self._store.retired_seconds_saved + saved,
+            devices={
+                name: DeviceInfo(
+                    entries=len(tier.entries),
+                    nbytes=tier.nbytes,
+                    max_bytes=tier.max_bytes,
+                    copies=tier.creations.value,
+                    evictions=tier.evictions,
+                )
+                for name, tier in list(self._store.tiers.items())
+            },
+        )
+
+    def snapshot(self) -> list[EntryInfo]:
+        """Every entry, the next to leave first."""
+        return [self._store.inform(entry) for entry in self._store.masters.ranked()]
+
+    # ---------------------------------------------------------------------------------------------- copying it
+
+    def __copy__(self) -> PatternCache[K, V]:
+        return self
+
+    def __deepcopy__(self, memo: object) -> PatternCache[K, V]:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(type(self), **self._options), ()
+
+
+class _Items(ItemsView[K, V]):
+    _mapping: PatternCache[K, V]
+
+    def __iter__(self) -> Iterator[tuple[K, V]]:
+        for key, entry in list(self._mapping._store.masters.entries.items()):
+            yield cast(K, key), entry.value
+
+    def __contains__(self, item: object) -> bool:
+        return any(item == pair for pair in self)
+
+
+class _Values(ValuesView[V]):
+    _mapping: PatternCache[Any, V]
+
+    def __iter__(self) -> Iterator[V]:
+        for entry in list(self._mapping._store.masters.entries.values()):
+            yield entry.value
+
+    def __contains__(self, value: object) -> bool:
+        return any(value is other or value == other for other in self)
+
+
+def _results(
+    make: Callable[[K, Callable[[], V]], K], pairs: list[tuple[K, Callable[[], V]]], workers: int
+) -> Iterator[K]:
+    """``make`` of all pairs, as they are done."""
+    if workers == 1:
+        for pair in pairs:
+            yield make(*pair)
+        return
+    with ThreadPoolExecutor(workers, thread_name_prefix="warm") as executor:
+        try:
+            for future in as_completed([executor.submit(make, *pair) for pair in pairs]):
+                yield future.result()
+        finally:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+
+def _step_aside(create: Callable[[], V], device: Device | str | None) -> V:
+    value = create()
+    if device is None:
+        return value
+    from dilated_pattern_cache.devices import canonical, moved
+
+    return cast(V, moved(value, canonical(device)))

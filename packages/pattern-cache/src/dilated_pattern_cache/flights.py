@@ -1,0 +1,99 @@
+"""Single flight: what is being made is made by one worker, and all others who want it wait for it.
+
+A worker is a thread, or a task of asyncio in it. Workers who wait are known to all caches of the process, so that a
+circle of them is an error for the last to join it rather than a silence. Two who close the circle at the same instant
+may both hear of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+
+class Worker(NamedTuple):
+    """Who makes or waits. Attributes: thread: its identifier; task: of asyncio, where it is one."""
+
+    thread: int
+    task: object = None
+
+    def stands_still_with(self, other: Worker) -> bool:
+        """Whether this one cannot go on while the other waits: they are one, or the whole thread waits."""
+        return self.thread == other.thread and (self.task is other.task or self.task is None or other.task is None)
+
+
+class Landing(NamedTuple):
+    """How a flight ended. Attributes: kept: whether there is a value, and not only an author who gave up."""
+
+    value: Any
+    arrived: bool
+
+
+class Flight(Future[Landing]):
+    """One value being made.
+
+    It lands with the value; with the exception that every worker who waits is to see; or with nothing, where its
+    author alone was interrupted, and those who waited try again.
+
+    Attributes:
+        author: who makes it.
+        superseded: whether its value is not to be kept: the key was stored, deleted or cleared meanwhile.
+    """
+
+    def __init__(self, author: Worker) -> None:
+        super().__init__()
+        self.set_running_or_notify_cancel()  # a task that waits can be cancelled, this cannot
+        self.author, self.superseded = author, False
+
+    def give_up(self) -> None:
+        """Land with nothing, unless it has landed."""
+        if not self.done():
+            self.set_result(Landing(None, arrived=False))
+
+
+_awaited: dict[Worker, Flight] = {}
+
+
+@contextmanager
+def waiting(worker: Worker, flight: Flight, key: Hashable) -> Iterator[None]:
+    """While the worker waits for the flight.
+
+    Raises:
+        RuntimeError: it would wait for itself.
+    """
+    _awaited[worker] = flight
+    try:
+        ahead: Flight | None = flight
+        while ahead is not None and not ahead.done():
+            if ahead.author.stands_still_with(worker):
+                raise RuntimeError(f"the cached value of {key!r} is needed to make itself")
+            ahead = _awaited.get(ahead.author) or _awaited.get(Worker(ahead.author.thread))
+        yield
+    finally:
+        _awaited.pop(worker, None)
+
+
+def this_thread() -> Worker:
+    """The caller, who blocks its thread while it waits."""
+    return Worker(threading.get_ident())
+
+
+def this_task() -> Worker:
+    """The caller, a task that lets others run while it waits."""
+    from asyncio import current_task
+
+    return Worker(threading.get_ident(), current_task())
+
+
+def forget_other_threads(flights: dict[Hashable, Flight]) -> None:
+    """In a forked child: the other threads are in the parent, and what they made will not arrive here."""
+    here = threading.get_ident()
+    for key, flight in list(flights.items()):
+        if flight.author.thread != here:
+            del flights[key]
+    for worker in list(_awaited):
+        if worker.thread != here:
+            del _awaited[worker]
