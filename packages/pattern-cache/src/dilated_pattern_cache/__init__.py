@@ -6,9 +6,32 @@
 """
 
 from dilated_pattern_cache.cache import PatternCache
+from dilated_pattern_cache.dilated import DilatedPatternCache, KindInfo
 from dilated_pattern_cache.errors import PatternMutatedError
+from dilated_pattern_cache.keys import (
+    BlockLayoutKey,
+    BlockMaskKey,
+    CommunicationPlanKey,
+    DilatedIndexKey,
+    PatternKey,
+)
 from dilated_pattern_cache.statistics import CacheInfo, DeviceInfo, EntryInfo, Eviction, WarmReport
 
 __version__ = "0.1.0"
 
-__all__ = ["CacheInfo", "DeviceInfo", "EntryInfo", "Eviction", "PatternCache", "PatternMutatedError", "WarmReport"]
+__all__ = [
+    "BlockLayoutKey",
+    "BlockMaskKey",
+    "CacheInfo",
+    "CommunicationPlanKey",
+    "DeviceInfo",
+    "DilatedIndexKey",
+    "DilatedPatternCache",
+    "EntryInfo",
+    "Eviction",
+    "KindInfo",
+    "PatternCache",
+    "PatternKey",
+    "PatternMutatedError",
+    "WarmReport",
+]

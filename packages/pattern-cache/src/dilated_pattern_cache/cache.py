@@ -37,6 +37,8 @@ K = TypeVar("K", bound=Hashable)
 V = TypeVar("V")
 D = TypeVar("D")
 
+_NONE: Any = object()  # no default was given
+
 
 class PatternCache(MutableMapping[K, V]):
     """A mapping of bounded size that computes what it lacks, once, however many threads ask at the same time.
@@ -101,7 +103,9 @@ class PatternCache(MutableMapping[K, V]):
             "on_evict": on_evict,
         }
         charges = charges_of if size_of is None else measured_by(size_of)
-        self._store = Store(policy_named(policy), max_entries, max_bytes, max_device_bytes, charges, guard, on_evict)
+        self._store = Store(
+            policy_named(policy), max_entries, max_bytes, max_device_bytes, charges, guard, on_evict, self._check_key
+        )
         # What a hit needs, looked up once.
         masters = self._store.masters
         self._find, self._add_hit, self._clock = self._store.find, masters.hits.add, masters.policy.clock
@@ -220,18 +224,18 @@ class PatternCache(MutableMapping[K, V]):
     def pop(self, key: K, /) -> V: ...
     @overload
     def pop(self, key: K, /, default: V | D) -> V | D: ...
-    def pop(self, key: K, /, *default: Any) -> Any:
+    def pop(self, key: K, /, default: Any = _NONE) -> Any:
         """Remove ``key`` and return its value; ``default``, if given, where there is none.
 
         Raises:
             KeyError: there is neither.
         """
         entry = self._find(key)
-        if entry is None or not self._store.discard(entry):
-            if not default:
-                raise KeyError(key)
-            return default[0]
-        return entry.value
+        if entry is not None and self._store.discard(entry):
+            return entry.value
+        if default is _NONE:
+            raise KeyError(key)
+        return default
 
     def popitem(self) -> tuple[K, V]:
         """Remove what would leave next, pinned or not, and return its (key, value).
@@ -314,6 +318,10 @@ class PatternCache(MutableMapping[K, V]):
             evicted=masters.evictions - evictions,
             seconds=perf_counter() - started,
         )
+
+    @staticmethod
+    def _check_key(key: Hashable) -> None:
+        """Raise where the key cannot be one. Called before anything is made or stored."""
 
     # ---------------------------------------------------------------------------------------------- looking at it
 

@@ -47,9 +47,10 @@ class Store:
         charges_of: Callable[[Any], dict[Hashable, int]],
         guard: guards.Guard | None,
         on_evict: Callable[[Eviction], object] | None,
+        check_key: Callable[[Hashable], None],
     ) -> None:
         self._new_policy, self._max_device_bytes = new_policy, max_device_bytes
-        self._charges_of, self._guard, self._on_evict = charges_of, guard, on_evict
+        self._charges_of, self._guard, self._on_evict, self._check_key = charges_of, guard, on_evict, check_key
         self.masters = Shelf(new_policy(), max_entries, max_bytes)
         self.tiers: dict[str, Shelf] = {}
         self.seconds_spent = self.retired_seconds_saved = 0.0
@@ -70,6 +71,7 @@ class Store:
 
     def fly(self, shelf: Shelf, key: Hashable, make: Callable[[], Entry]) -> Any:
         """The value of what ``make`` returns, by this thread or by the one that is at it."""
+        self._check_key(key)
         if self.interrupted or watched():
             shelf.bypasses.add()
             return make().value
@@ -98,6 +100,7 @@ class Store:
         """``fly`` for a task: ``create`` may return an awaitable."""
         from asyncio import wrap_future  # who calls this has it already
 
+        self._check_key(key)
         shelf = self.masters
         if self.interrupted or watched():
             shelf.bypasses.add()
@@ -260,6 +263,7 @@ class Store:
         Raises:
             ValueError: there can be no room for it.
         """
+        self._check_key(entry.key)
         if (reason := self.masters.refuses(entry)) is not None:
             raise ValueError(f"the value of {entry.key!r} cannot be stored: {reason}")
 
