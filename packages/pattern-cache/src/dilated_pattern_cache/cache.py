@@ -18,12 +18,14 @@ from collections.abc import (
     ValuesView,
 )
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from dilated_pattern_cache.checks import limit, policy_named
 from dilated_pattern_cache.guards import GUARDS, Guard
+from dilated_pattern_cache.making import Maker
 from dilated_pattern_cache.policies import Policy
 from dilated_pattern_cache.statistics import CacheInfo, DeviceInfo, EntryInfo, Eviction, WarmReport
 from dilated_pattern_cache.store import Store
@@ -102,9 +104,9 @@ class PatternCache(MutableMapping[K, V]):
             "guard": guard,
             "on_evict": on_evict,
         }
-        charges = charges_of if size_of is None else measured_by(size_of)
-        self._store = Store(
-            policy_named(policy), max_entries, max_bytes, max_device_bytes, charges, guard, on_evict, self._check_key
+        self._store = Store(policy_named(policy), max_entries, max_bytes, max_device_bytes, on_evict)
+        self._maker = Maker(
+            self._store, charges_of if size_of is None else measured_by(size_of), guard, self._check_key
         )
         # What a hit needs, looked up once.
         masters = self._store.masters
@@ -138,8 +140,8 @@ class PatternCache(MutableMapping[K, V]):
             return _step_aside(create, device)
         entry = self._find(key)
         if entry is None:
-            value = cast(V, self._store.fly(self._store.masters, key, partial(self._store.new_entry, key, create)))
-        elif entry.intact is not None and not self._store.intact(entry):
+            value = cast(V, self._maker.make(key, create))
+        elif entry.intact is not None and not self._maker.intact(entry):
             self._store.masters.bypasses.add()
             return _step_aside(create, device)
         else:
@@ -147,7 +149,7 @@ class PatternCache(MutableMapping[K, V]):
             entry.add_hit()
             entry.used = self._clock()
             value = entry.value
-        return value if device is None else cast(V, self._store.on_device(key, value, device))
+        return value if device is None else cast(V, self._maker.on_device(key, value, device))
 
     async def aget_or_create(
         self, key: K, create: Callable[[], V | Awaitable[V]], *, device: Device | str | None = None
@@ -159,8 +161,8 @@ class PatternCache(MutableMapping[K, V]):
         """
         if self._find(key) is not None:
             return self.get_or_create(key, cast(Callable[[], V], create), device=device)
-        value = cast(V, await self._store.fly_async(key, create))
-        return value if device is None else cast(V, self._store.on_device(key, value, device))
+        value = cast(V, await self._maker.make_async(key, create))
+        return value if device is None else cast(V, self._maker.on_device(key, value, device))
 
     @overload
     def get(self, key: K, /) -> V | None: ...
@@ -174,7 +176,7 @@ class PatternCache(MutableMapping[K, V]):
             value = self[key]
         except KeyError:
             return default
-        return value if device is None else cast(V, self._store.on_device(key, value, device))
+        return value if device is None else cast(V, self._maker.on_device(key, value, device))
 
     def __getitem__(self, key: K) -> V:
         if self._compiling():
@@ -184,7 +186,7 @@ class PatternCache(MutableMapping[K, V]):
             self._store.masters.misses.add()
             raise KeyError(key)
         if entry.intact is not None:
-            self._store.intact(entry)
+            self._maker.intact(entry)
         self._add_hit()
         entry.add_hit()
         entry.used = self._clock()
@@ -206,7 +208,7 @@ class PatternCache(MutableMapping[K, V]):
         """
         if self._compiling():
             return
-        self._store.put(self._store.describe(key, value, seconds))
+        self._maker.put(key, value, seconds)
 
     def __setitem__(self, key: K, value: V) -> None:
         self.put(key, value)
@@ -258,8 +260,7 @@ class PatternCache(MutableMapping[K, V]):
         Raises:
             KeyError: one is not there. None is pinned then.
         """
-        for entry in self._store.with_copies(keys):
-            entry.pinned = True
+        self._store.pin(keys, True)
 
     def unpin(self, *keys: K) -> None:
         """Let these be evicted again.
@@ -267,8 +268,7 @@ class PatternCache(MutableMapping[K, V]):
         Raises:
             KeyError: one is not there.
         """
-        for entry in self._store.with_copies(keys):
-            entry.pinned = False
+        self._store.pin(keys, False)
 
     def warm(
         self,
@@ -302,8 +302,9 @@ class PatternCache(MutableMapping[K, V]):
                 return create()
 
             self.get_or_create(key, counted, device=device)
-            if pin and (entry := self._find(key)) is not None:
-                entry.pinned = True
+            if pin:
+                with suppress(KeyError):  # it could not be kept
+                    self.pin(key)
             return key
 
         masters, started = self._store.masters, perf_counter()

@@ -64,6 +64,7 @@ def waiting(worker: Worker, flight: Flight, key: Hashable) -> Iterator[None]:
     Raises:
         RuntimeError: it would wait for itself.
     """
+    before = _awaited.get(worker)  # this may be a signal handler
     _awaited[worker] = flight
     try:
         ahead: Flight | None = flight
@@ -73,7 +74,10 @@ def waiting(worker: Worker, flight: Flight, key: Hashable) -> Iterator[None]:
             ahead = _awaited.get(ahead.author) or _awaited.get(Worker(ahead.author.thread))
         yield
     finally:
-        _awaited.pop(worker, None)
+        if before is None:
+            _awaited.pop(worker, None)
+        else:
+            _awaited[worker] = before
 
 
 def this_thread() -> Worker:

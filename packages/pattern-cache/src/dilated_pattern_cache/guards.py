@@ -17,13 +17,19 @@ def watch(key: Hashable, value: Any, guard: Guard | None) -> Callable[[], bool] 
     - "version": the version counters of all tensors. NumPy arrays are made read-only instead.
     - "contents": copies of all tensors, arrays and buffers, and of what lists and dictionaries hold.
 
+    - None: nothing.
+
     The function returns False where the value is intact and must not be given out: real tensors, within a dispatch
     mode of PyTorch.
     """
-    if guard is None:
-        return None
     found = leaves(value)
     tensors = [leaf for leaf in found if is_tensor(leaf)]
+    if guard is None:
+        if not tensors:
+            return None
+        from dilated_pattern_cache.tensors import outside_of_modes
+
+        return outside_of_modes
     for leaf in found:
         if is_ndarray(leaf):
             leaf.flags.writeable = False

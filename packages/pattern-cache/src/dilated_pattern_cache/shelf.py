@@ -1,8 +1,8 @@
 """Entries under one limit: which there are, what they weigh, which leaves first.
 
 A shelf has no lock of its own. It changes with its cache's lock held; it is read, and its entries are marked as used,
-by anyone at any time. ``entries`` alone is the truth: the heap and the ledger are derived from it, and are made anew
-after an operation that was interrupted half-way.
+by anyone at any time. ``entries`` alone is the truth: the heap, the ledger and the list of what is pinned are derived
+from it, and are made anew after a change that was interrupted half-way.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ class Entry:
         seconds: what it took to make.
         intact: raises where the value was changed since, returns False where it must not be used now; None where
             there is nothing to watch.
+        unfit: why it cannot be stored at all; None where it can.
+        places: the devices that its tensors lie on.
         pinned: whether it may not be evicted.
         used: what the policy's clock said when the entry was last used.
-        places: the devices that its tensors lie on.
-        master: what it is a copy of, on another device; None for a master.
+        master, device: what it is a copy of, and where; None for a master.
         arrive: for a copy: makes the caller's stream wait for it.
-        unfit: why it cannot be stored at all; None where it can.
     """
 
     __slots__ = (
-        "add_hit", "arrive", "charges", "intact", "key", "master", "pinned", "places", "seconds", "tally", "unfit",
-        "used", "value",
+        "add_hit", "arrive", "charges", "device", "intact", "key", "master", "pinned", "places", "seconds", "tally",
+        "unfit", "used", "value",
     )  # fmt: skip
 
     def __init__(
@@ -69,15 +69,15 @@ class Entry:
         charges: Mapping[Hashable, int],
         seconds: float = 0.0,
         intact: Callable[[], bool] | None = None,
-        places: frozenset[str] = frozenset(),
-        master: Entry | None = None,
-        arrive: Callable[[], None] | None = None,
         unfit: str | None = None,
     ) -> None:
         self.key, self.value, self.charges, self.seconds = key, value, charges, seconds
-        self.intact, self.places, self.master, self.arrive = intact, places, master, arrive
-        self.unfit = unfit
+        self.intact, self.unfit = intact, unfit
+        self.places: frozenset[str] = frozenset()
         self.pinned, self.used = False, 0.0
+        self.master: Entry | None = None
+        self.device: Any = None
+        self.arrive: Callable[[], None] | None = None
         self.tally = Tally()
         self.add_hit = self.tally.add
 
@@ -157,8 +157,9 @@ class Shelf:
         return self._ledger.total
 
     def rebuild(self) -> None:
-        """Make the ledger and the heap from the entries."""
+        """Make from the entries what is derived from them."""
         self._ledger = Ledger(entry.charges for entry in self.entries.values())
+        self._pinned = {key: entry for key, entry in self.entries.items() if entry.pinned}
         self._heap = [(self.policy.rank(entry), next(self._numbers), entry.key) for entry in self.entries.values()]
         heapify(self._heap)
 
@@ -170,7 +171,7 @@ class Shelf:
             return f"its {entry.nbytes} bytes are more than the limit of {self.max_bytes}"
         if self.max_entries == 0:
             return "max_entries is 0"
-        pinned = [other for other in self.entries.values() if other.pinned and other.key != entry.key]
+        pinned = [other for key, other in list(self._pinned.items()) if key != entry.key]
         if self.max_entries is not None and len(pinned) >= self.max_entries:
             return f"all {self.max_entries} entries are pinned"
         if pinned and self.max_bytes is not None:
@@ -185,6 +186,7 @@ class Shelf:
         if old is not None:
             entry.pinned = old.pinned
         self.entries[entry.key] = entry
+        self.pin(entry.key, entry.pinned)
         self._ledger.add(entry.charges)
         left = [] if old is None else [Departure(old, None)]
         left += self._evict(keep=entry)
@@ -199,8 +201,19 @@ class Shelf:
         """Take an entry off the shelf; None where there is none."""
         entry = self.entries.pop(key, None)
         if entry is not None:
+            self._pinned.pop(key, None)
             self._ledger.remove(entry.charges)
         return entry
+
+    def pin(self, key: Hashable, pinned: bool) -> None:
+        """Keep the entry of ``key``, if there is one, from being evicted; or no longer."""
+        entry = self.entries.get(key)
+        if entry is not None:
+            entry.pinned = pinned
+            if pinned:
+                self._pinned[key] = entry
+            else:
+                self._pinned.pop(key, None)
 
     def pop_first(self) -> Entry | None:
         """Take off the entry that the policy gives up first, pinned or not; None on an empty shelf."""

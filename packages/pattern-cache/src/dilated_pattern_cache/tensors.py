@@ -31,6 +31,11 @@ def outside_of_autograd() -> AbstractContextManager[object]:
     return stack
 
 
+def outside_of_modes() -> bool:
+    """Whether real tensors may be given out: not within a dispatch mode."""
+    return not _modes()
+
+
 def unreal(tensors: Sequence[Tensor]) -> bool:
     """Whether there is one without memory: a meta tensor, or the fake one of a tracer."""
     return any(tensor.is_meta or type(tensor).__name__ in ("FakeTensor", "FunctionalTensor") for tensor in tensors)

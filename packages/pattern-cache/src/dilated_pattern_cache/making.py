@@ -1,0 +1,251 @@
+"""How a value comes about: by one thread or task, while all others who want it wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import partial
+from inspect import isawaitable
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from dilated_pattern_cache import guards
+from dilated_pattern_cache.errors import PatternMutatedError
+from dilated_pattern_cache.flights import Flight, Landing, this_task, this_thread, waiting
+from dilated_pattern_cache.shelf import Entry, Shelf
+from dilated_pattern_cache.store import Store
+from dilated_pattern_cache.tracing import outside_of_autograd, watched
+from dilated_pattern_cache.values import is_tensor, leaves
+
+if TYPE_CHECKING:
+    from torch import device as Device
+
+
+class Maker:
+    """Makes what a store lacks.
+
+    Args:
+        store: where it is kept.
+        charges_of: the memory of a value.
+        guard: how its changes are noticed.
+        check_key: raises where a key cannot be one.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        charges_of: Callable[[Any], dict[Hashable, int]],
+        guard: guards.Guard | None,
+        check_key: Callable[[Hashable], None],
+    ) -> None:
+        self._store, self._charges_of, self._guard, self._check_key = store, charges_of, guard, check_key
+
+    # ---------------------------------------------------------------------------------------------- values
+
+    def make(self, key: Hashable, create: Callable[[], Any]) -> Any:
+        """The value of a key that was not found."""
+        self._check_key(key)
+        return self._fly(self._store.masters, key, partial(self._create, key, create), create)
+
+    async def make_async(self, key: Hashable, create: Callable[[], Any]) -> Any:
+        """The same for a task: ``create`` may return an awaitable."""
+        from asyncio import wrap_future  # who calls this has it already
+
+        self._check_key(key)
+        shelf = self._store.masters
+        if self._store.interrupted or watched():
+            shelf.bypasses.add()
+            value = create()
+            return await value if isawaitable(value) else value
+        flight = Flight(this_task())
+        found: Entry | Flight = flight
+        try:
+            while True:
+                found = self._board(shelf, key, flight)
+                if isinstance(found, Entry):
+                    return found.value
+                if found is flight:
+                    started = perf_counter()
+                    with outside_of_autograd():
+                        value = create()
+                    if isawaitable(value):
+                        value = await value
+                    return self._arrive(shelf, flight, self._describe(key, value, perf_counter() - started))
+                with waiting(this_task(), found, key):
+                    landing = await wrap_future(found)
+                if landing.arrived:
+                    return landing.value
+        except Exception as error:
+            self._crash(shelf, key, flight, error)
+            raise
+        finally:
+            self._leave(shelf, key, flight)
+            flight.give_up()
+            del flight, found
+
+    def put(self, key: Hashable, value: Any, seconds: float) -> None:
+        """Store a value that the caller has."""
+        self._check_key(key)
+        self._store.put(self._describe(key, value, seconds))
+
+    def intact(self, entry: Entry) -> bool:
+        """Whether a value may be given out; not within a dispatch mode.
+
+        Raises:
+            PatternMutatedError: it was changed. It is removed.
+        """
+        try:
+            return entry.intact is None or entry.intact()
+        except PatternMutatedError:
+            self._store.discard(entry)
+            raise
+
+    def _create(self, key: Hashable, create: Callable[[], Any]) -> Entry:
+        started = perf_counter()
+        with outside_of_autograd():
+            value = create()
+        return self._describe(key, value, perf_counter() - started)
+
+    def _describe(self, key: Hashable, value: Any, seconds: float) -> Entry:
+        """An entry for the value, with all that must be known of it.
+
+        Raises:
+            TypeError: the value has tensors that others could not use; ``size_of`` returns no number.
+        """
+        tensors = [leaf for leaf in leaves(value) if is_tensor(leaf)]
+        if tensors:
+            from dilated_pattern_cache.tensors import check, unreal
+
+            if unreal(tensors):
+                return Entry(key, value, {}, seconds, unfit="it has tensors without memory")
+            check(key, tensors)
+        entry = Entry(key, value, self._charges_of(value), seconds, guards.watch(key, value, self._guard))
+        entry.places = frozenset(str(tensor.device) for tensor in tensors)
+        return entry
+
+    # ---------------------------------------------------------------------------------------------- copies
+
+    def on_device(self, key: Hashable, value: Any, device: Device | str) -> Any:
+        """The value on the device: itself where it lies there, else its copy, made once.
+
+        Raises:
+            ImportError: PyTorch is not installed.
+        """
+        try:
+            from dilated_pattern_cache.devices import canonical, moved
+        except ImportError as error:
+            raise ImportError('device= needs PyTorch: pip install "dilated-pattern-cache[torch]"') from error
+
+        place = canonical(device)
+        name = str(place)
+        master = self._store.find(key)
+        if master is None or master.value is not value:  # not kept, or gone meanwhile
+            return moved(value, place)
+        if master.places <= {name}:
+            return value
+        tier = self._store.tier(name)
+        copy = tier.entries.get(key)
+        if copy is None or copy.master is not master:
+            return self._fly(tier, key, partial(self._copy, master, place), partial(moved, value, place))
+        if copy.intact is not None:
+            self.intact(copy)
+        copy.add_hit()
+        copy.used = tier.policy.clock()
+        if copy.arrive is not None:
+            copy.arrive()
+        return copy.value
+
+    def _copy(self, master: Entry, place: Device) -> Entry:
+        from dilated_pattern_cache.devices import copied
+
+        started = perf_counter()
+        value, arrive = copied(master.value, place)
+        seconds, intact = perf_counter() - started, guards.watch(master.key, value, self._guard)
+        entry = Entry(master.key, value, self._charges_of(value), seconds, intact)
+        entry.master, entry.device, entry.arrive = master, str(place), arrive
+        return entry
+
+    # ---------------------------------------------------------------------------------------------- flights
+
+    def _fly(self, shelf: Shelf, key: Hashable, make: Callable[[], Entry], step_aside: Callable[[], Any]) -> Any:
+        """The value of what ``make`` returns, by this thread or by the one that is at it."""
+        if self._store.interrupted or watched():
+            shelf.bypasses.add()
+            return step_aside()
+        flight = Flight(this_thread())
+        found: Entry | Flight = flight
+        try:
+            while True:
+                found = self._board(shelf, key, flight)
+                if isinstance(found, Entry):
+                    return found.value
+                if found is flight:
+                    return self._arrive(shelf, flight, make())
+                with waiting(this_thread(), found, key):
+                    landing = found.result()
+                if landing.arrived:
+                    return landing.value
+        except Exception as error:
+            self._crash(shelf, key, flight, error)
+            raise
+        finally:
+            self._leave(shelf, key, flight)
+            flight.give_up()
+            del flight, found  # an exception that a flight holds would hold this frame
+
+    def _board(self, shelf: Shelf, key: Hashable, flight: Flight) -> Entry | Flight:
+        """What there is after all; else the flight that others began; else ``flight``, which has begun now."""
+
+        def board() -> Entry | Flight:
+            return shelf.entries.get(key) or shelf.flights.setdefault(key, flight)
+
+        found = self._store.alone(board)
+        if found is not flight:  # else it is done when that has landed
+            self._store.settle()
+        if isinstance(found, Entry):
+            shelf.hits.add()
+            found.add_hit()
+            found.used = shelf.policy.clock()
+        elif found is flight:
+            shelf.misses.add()
+        else:
+            shelf.waits.add()
+        return found
+
+    def _arrive(self, shelf: Shelf, flight: Flight, entry: Entry) -> Any:
+        """Keep what was made, if it may be kept; tell those who wait; return the value."""
+        store = self._store
+
+        def keep() -> None:
+            if entry.master is None:
+                store.seconds_spent += entry.seconds
+            elif store.find(entry.key) is not entry.master:
+                return
+            else:
+                entry.pinned = entry.master.pinned
+            if flight.superseded:
+                return
+            if shelf.refuses(entry) is not None:
+                shelf.rejections.add()
+                return
+            store.let_go(shelf.insert(entry))
+
+        shelf.creations.add()
+        try:
+            store.alone(keep)
+        finally:
+            self._leave(shelf, entry.key, flight)
+            flight.set_result(Landing(entry.value, arrived=True))
+        store.settle()
+        return entry.value
+
+    def _crash(self, shelf: Shelf, key: Hashable, flight: Flight, error: Exception) -> None:
+        """Tell those who wait for this flight, if it has begun and has not landed."""
+        if not flight.done() and (flight.superseded or shelf.flights.get(key) is flight):
+            shelf.failures.add()
+            self._leave(shelf, key, flight)
+            flight.set_exception(error)
+
+    def _leave(self, shelf: Shelf, key: Hashable, flight: Flight) -> None:
+        """From now on who asks for the key begins anew."""
+        if shelf.flights.get(key) is flight:
+            del shelf.flights[key]
