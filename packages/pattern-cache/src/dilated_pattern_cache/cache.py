@@ -23,7 +23,7 @@ from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
-from dilated_pattern_cache.checks import limit, policy_named
+from dilated_pattern_cache.checks import duration, limit, policy_named
 from dilated_pattern_cache.guards import GUARDS, Guard
 from dilated_pattern_cache.making import Maker
 from dilated_pattern_cache.policies import Policy
@@ -204,22 +204,22 @@ class PatternCache(MutableMapping[K, V]):
 
         Raises:
             ValueError: there can be no room for it: it is too large, or all else is pinned. The cache is as before.
+                ``seconds`` is negative or not finite.
             TypeError: the value has tensors that others could not use.
         """
         if self._compiling():
             return
-        self._maker.put(key, value, seconds)
+        self._maker.put(key, value, duration("seconds", seconds))
 
     def __setitem__(self, key: K, value: V) -> None:
         self.put(key, value)
 
-    def setdefault(self, key: K, default: V) -> V:
+    def setdefault(self, key: K, default: Any = None) -> V:
         """The value of ``key``; where there is none, ``default``, which is stored."""
         return self.get_or_create(key, lambda: default)
 
     def __delitem__(self, key: K) -> None:
-        entry = self._find(key)
-        if entry is None or not self._store.discard(entry):
+        if self._store.remove(key) is None:
             raise KeyError(key)
 
     @overload
@@ -232,8 +232,8 @@ class PatternCache(MutableMapping[K, V]):
         Raises:
             KeyError: there is neither.
         """
-        entry = self._find(key)
-        if entry is not None and self._store.discard(entry):
+        entry = self._store.remove(key)
+        if entry is not None:
             return entry.value
         if default is _NONE:
             raise KeyError(key)

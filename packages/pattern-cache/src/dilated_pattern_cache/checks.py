@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from dilated_pattern_cache.policies import POLICIES, Policy
@@ -27,3 +28,12 @@ def policy_named(policy: str | Callable[[], Policy]) -> Callable[[], Policy]:
     if not callable(policy):
         raise TypeError(f"policy must be a name or a function that returns a Policy, got {policy!r}")
     return policy
+
+
+def duration(name: str, value: float) -> float:
+    """``value``, if it is a number of seconds."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number of seconds, got {value!r}")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+    return value

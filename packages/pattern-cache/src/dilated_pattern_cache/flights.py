@@ -67,10 +67,14 @@ def waiting(worker: Worker, flight: Flight, key: Hashable) -> Iterator[None]:
     before = _awaited.get(worker)  # this may be a signal handler
     _awaited[worker] = flight
     try:
+        path = []
         ahead: Flight | None = flight
-        while ahead is not None and not ahead.done():
+        while ahead is not None:
+            path.append(ahead)
             if ahead.author.stands_still_with(worker):
-                raise RuntimeError(f"the cached value of {key!r} is needed to make itself")
+                if not any(passed.done() for passed in path):  # else somebody is no longer where the search met him
+                    raise RuntimeError(f"the cached value of {key!r} is needed to make itself")
+                break
             ahead = _awaited.get(ahead.author) or _awaited.get(Worker(ahead.author.thread))
         yield
     finally:

@@ -53,13 +53,14 @@ class Entry:
         places: the devices that its tensors lie on.
         pinned: whether it may not be evicted.
         used: what the policy's clock said when the entry was last used.
+        number: of its arrival on the shelf. Of two entries of one rank, the one that came first leaves first.
         master, device: what it is a copy of, and where; None for a master.
         arrive: for a copy: makes the caller's stream wait for it.
     """
 
     __slots__ = (
-        "add_hit", "arrive", "charges", "device", "intact", "key", "master", "pinned", "places", "seconds", "tally",
-        "unfit", "used", "value",
+        "add_hit", "arrive", "charges", "device", "intact", "key", "master", "number", "pinned", "places", "seconds",
+        "tally", "unfit", "used", "value",
     )  # fmt: skip
 
     def __init__(
@@ -74,7 +75,7 @@ class Entry:
         self.key, self.value, self.charges, self.seconds = key, value, charges, seconds
         self.intact, self.unfit = intact, unfit
         self.places: frozenset[str] = frozenset()
-        self.pinned, self.used = False, 0.0
+        self.pinned, self.used, self.number = False, 0.0, 0
         self.master: Entry | None = None
         self.device: Any = None
         self.arrive: Callable[[], None] | None = None
@@ -148,7 +149,7 @@ class Shelf:
         self.evictions = 0
         self.hits, self.misses, self.waits, self.bypasses = Tally(), Tally(), Tally(), Tally()
         self.creations, self.failures, self.rejections = Tally(), Tally(), Tally()
-        self._numbers = count()  # of two entries of one rank, the one that came first leaves first
+        self._numbers = count()
         self.rebuild()
 
     @property
@@ -160,7 +161,7 @@ class Shelf:
         """Make from the entries what is derived from them."""
         self._ledger = Ledger(entry.charges for entry in self.entries.values())
         self._pinned = {key: entry for key, entry in self.entries.items() if entry.pinned}
-        self._heap = [(self.policy.rank(entry), next(self._numbers), entry.key) for entry in self.entries.values()]
+        self._heap = [(self.policy.rank(entry), entry.number, entry.key) for entry in self.entries.values()]
         heapify(self._heap)
 
     def refuses(self, entry: Entry) -> str | None:
@@ -185,6 +186,7 @@ class Shelf:
         old = self.remove(entry.key)
         if old is not None:
             entry.pinned = old.pinned
+        entry.number = next(self._numbers)
         self.entries[entry.key] = entry
         self.pin(entry.key, entry.pinned)
         self._ledger.add(entry.charges)
@@ -194,7 +196,7 @@ class Shelf:
         if len(self._heap) > 2 * len(self.entries) + 64:  # most of it speaks of entries that were removed
             self.rebuild()
         else:
-            heappush(self._heap, (self.policy.rank(entry), next(self._numbers), entry.key))
+            heappush(self._heap, (self.policy.rank(entry), entry.number, entry.key))
         return left
 
     def remove(self, key: Hashable) -> Entry | None:
@@ -228,7 +230,7 @@ class Shelf:
     def ranked(self) -> list[Entry]:
         """All entries, the next to leave first."""
         entries = list(self.entries.values())  # at one moment, whatever other threads do
-        return sorted(entries, key=self.policy.rank)
+        return sorted(entries, key=lambda entry: (self.policy.rank(entry), entry.number))
 
     def _evict(self, keep: Entry) -> Iterator[Departure]:
         while (reason := self._exceeded()) is not None:
@@ -258,7 +260,7 @@ class Shelf:
         while heap and found is None:
             said, number, key = heap[0]
             entry = self.entries.get(key)
-            if entry is None:
+            if entry is None or entry.number != number:  # it is gone, or another has taken its place
                 heappop(heap)
             elif (rank := self.policy.rank(entry)) > said:
                 heapreplace(heap, (rank, number, key))

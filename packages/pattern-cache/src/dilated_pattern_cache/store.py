@@ -84,20 +84,31 @@ class Store:
 
         self._change(put)
 
-    def discard(self, entry: Entry) -> bool:
-        """Remove an entry; whether it was still there. A copy alone, or a master with its copies."""
+    def remove(self, key: Hashable) -> Entry | None:
+        """Remove an entry and its copies, and keep nothing that is being made of it; None where there was none."""
 
-        def discard() -> bool:
+        def remove() -> Entry | None:
+            self._supersede(key)
+            entry = self.masters.remove(key)
+            if entry is not None:
+                self.let_go([Departure(entry, None)])
+            return entry
+
+        if self.interrupted:
+            self._deferred.append(remove)
+            return self.find(key)
+        return self._change(remove)
+
+    def discard(self, entry: Entry) -> None:
+        """Remove this very entry: a copy alone, or a master with its copies."""
+
+        def discard() -> None:
             shelf = self.masters if entry.master is None else self.tiers[entry.device]
-            if shelf.entries.get(entry.key) is not entry:
-                return False
-            if entry.master is None:
-                self._supersede(entry.key)
-            shelf.remove(entry.key)
-            self.let_go([Departure(entry, None)])
-            return True
+            if shelf.entries.get(entry.key) is entry:
+                shelf.remove(entry.key)
+                self.let_go([Departure(entry, None)])
 
-        return self._change(discard) is not False
+        self._change(discard)
 
     def pop_first(self) -> Entry | None:
         """Remove what would leave next, pinned or not; None where there is nothing."""

@@ -37,7 +37,7 @@ class Streams(Protocol):
     def record(self, stream: Any) -> Event:
         """An event after all that the stream was given."""
 
-    def wait(self, stream: Any, event: Event) -> None:
+    def wait(self, stream: Any, event: Any) -> None:
         """The stream goes on after the event."""
 
     def hold(self, tensor: Tensor, stream: Any) -> None:
@@ -66,6 +66,7 @@ class Arrival:
         self._event: Event | None = streams.record(self._home)
 
     def __call__(self) -> None:
+        """See above."""
         streams, event = self._streams, self._event
         stream = streams.current()
         if event is not None:
@@ -130,7 +131,8 @@ class CudaStreams:
 
     def record(self, stream: torch.cuda.Stream) -> Event:
         """See ``Streams``."""
-        return stream.record_event()
+        event: Event = stream.record_event()
+        return event
 
     def wait(self, stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
         """See ``Streams``."""
