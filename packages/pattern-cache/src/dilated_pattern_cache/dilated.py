@@ -94,13 +94,14 @@ def _check_part(part: Hashable, key: Hashable) -> None:
             _check_part(inner, key)
     elif isinstance(part, float) and math.isnan(part):
         raise ValueError(f"a key with NaN is never found again, got {key!r}")
-    elif is_tensor(part) or (type(part).__hash__ is object.__hash__ and not _is_one_of_torch(part)):
-        raise TypeError(
-            f"a key must not hold a {type(part).__name__}, which is equal to nothing but itself, got {key!r}"
-        )
+    elif is_tensor(part) or (type(part).__hash__ is object.__hash__ and not _is_one_for_all(part)):
+        kind = type(part).__name__
+        raise TypeError(f"a key must not hold a {kind}, which is equal to nothing but itself, got {key!r}")
 
 
-def _is_one_of_torch(part: object) -> bool:
-    """Whether it is a dtype or the like, of which there is one object each."""
+def _is_one_for_all(part: object) -> bool:
+    """Whether there is one such object, which everybody means: None, a class, a dtype."""
+    if part is None or part is ... or isinstance(part, type):
+        return True
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(part, torch.dtype | torch.layout | torch.memory_format)
