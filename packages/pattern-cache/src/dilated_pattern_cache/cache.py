@@ -133,14 +133,16 @@ class PatternCache(MutableMapping[K, V]):
         Raises:
             RuntimeError: ``create`` asks for its own key, directly or through other threads.
             PatternMutatedError: somebody changed the value in place.
-            TypeError: the value has tensors that others could not use, or ``device`` is given and it is made of parts
-                that cannot be moved.
+            TypeError: ``create`` cannot be called; the value has tensors that others could not use, or that cannot be
+                moved to ``device`` with what they are in.
+            ValueError, RuntimeError: there is no such device.
+            ImportError: ``device`` is given, and PyTorch is not installed.
         """
         if self._compiling():
             return _step_aside(create, device)
         entry = self._find(key)
         if entry is None:
-            value = cast(V, self._maker.make(key, create))
+            value = cast(V, self._maker.make(key, create, device))
         elif entry.intact is not None and not self._maker.intact(entry):
             self._store.masters.bypasses.add()
             return _step_aside(create, device)
@@ -161,7 +163,7 @@ class PatternCache(MutableMapping[K, V]):
         """
         if self._find(key) is not None:
             return self.get_or_create(key, cast(Callable[[], V], create), device=device)
-        value = cast(V, await self._maker.make_async(key, create))
+        value = cast(V, await self._maker.make_async(key, create, device))
         return value if device is None else cast(V, self._maker.on_device(key, value, device))
 
     @overload

@@ -41,16 +41,16 @@ class Maker:
 
     # ---------------------------------------------------------------------------------------------- values
 
-    def make(self, key: Hashable, create: Callable[[], Any]) -> Any:
-        """The value of a key that was not found."""
-        self._check_key(key)
+    def make(self, key: Hashable, create: Callable[[], Any], device: Device | str | None) -> Any:
+        """The value of a key that was not found, where ``create`` makes it. ``device`` is only looked at."""
+        self._check(key, create, device)
         return self._fly(self._store.masters, key, partial(self._create, key, create), create)
 
-    async def make_async(self, key: Hashable, create: Callable[[], Any]) -> Any:
+    async def make_async(self, key: Hashable, create: Callable[[], Any], device: Device | str | None) -> Any:
         """The same for a task: ``create`` may return an awaitable."""
         from asyncio import wrap_future  # who calls this has it already
 
-        self._check_key(key)
+        self._check(key, create, device)
         shelf = self._store.masters
         if self._store.interrupted or watched():
             shelf.bypasses.add()
@@ -99,6 +99,13 @@ class Maker:
             self._store.discard(entry)
             raise
 
+    def _check(self, key: Hashable, create: object, device: Device | str | None) -> None:
+        self._check_key(key)
+        if not callable(create):
+            raise TypeError(f"create must be callable, got {create!r}")
+        if device is not None:
+            _devices().canonical(device)
+
     def _create(self, key: Hashable, create: Callable[[], Any]) -> Entry:
         started = perf_counter()
         with outside_of_autograd():
@@ -125,27 +132,19 @@ class Maker:
     # ---------------------------------------------------------------------------------------------- copies
 
     def on_device(self, key: Hashable, value: Any, device: Device | str) -> Any:
-        """The value on the device: itself where it lies there, else its copy, made once.
-
-        Raises:
-            ImportError: PyTorch is not installed.
-        """
-        try:
-            from dilated_pattern_cache.devices import canonical, moved
-        except ImportError as error:
-            raise ImportError('device= needs PyTorch: pip install "dilated-pattern-cache[torch]"') from error
-
-        place = canonical(device)
+        """The value on the device: itself where it lies there, else its copy, made once."""
+        devices = _devices()
+        place = devices.canonical(device)
         name = str(place)
         master = self._store.find(key)
         if master is None or master.value is not value:  # not kept, or gone meanwhile
-            return moved(value, place)
+            return devices.moved(value, place)
         if master.places <= {name}:
             return value
         tier = self._store.tier(name)
         copy = tier.entries.get(key)
         if copy is None or copy.master is not master:
-            return self._fly(tier, key, partial(self._copy, master, place), partial(moved, value, place))
+            return self._fly(tier, key, partial(self._copy, master, place), partial(devices.moved, value, place))
         if copy.intact is not None:
             self.intact(copy)
         copy.add_hit()
@@ -155,10 +154,8 @@ class Maker:
         return copy.value
 
     def _copy(self, master: Entry, place: Device) -> Entry:
-        from dilated_pattern_cache.devices import copied
-
         started = perf_counter()
-        value, arrive = copied(master.value, place)
+        value, arrive = _devices().copied(master.value, place)
         seconds, intact = perf_counter() - started, guards.watch(master.key, value, self._guard)
         entry = Entry(master.key, value, self._charges_of(value), seconds, intact)
         entry.master, entry.device, entry.arrive = master, str(place), arrive
@@ -249,3 +246,16 @@ class Maker:
         """From now on who asks for the key begins anew."""
         if shelf.flights.get(key) is flight:
             del shelf.flights[key]
+
+
+def _devices() -> Any:
+    """The module that knows devices.
+
+    Raises:
+        ImportError: PyTorch is not installed.
+    """
+    try:
+        from dilated_pattern_cache import devices
+    except ImportError as error:
+        raise ImportError('device= needs PyTorch: pip install "dilated-pattern-cache[torch]"') from error
+    return devices
