@@ -10,8 +10,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from dilated_pattern_cache.shelf import Entry
+
+
+Landing: TypeAlias = "Entry | None"
 
 
 class Worker(NamedTuple):
@@ -25,18 +31,11 @@ class Worker(NamedTuple):
         return self.thread == other.thread and (self.task is other.task or self.task is None or other.task is None)
 
 
-class Landing(NamedTuple):
-    """How a flight ended. Attributes: kept: whether there is a value, and not only an author who gave up."""
-
-    value: Any
-    arrived: bool
-
-
 class Flight(Future[Landing]):
     """One value being made.
 
-    It lands with the value; with the exception that every worker who waits is to see; or with nothing, where its
-    author alone was interrupted, and those who waited try again.
+    It lands with an entry; with the exception that every worker who waits is to see; or with None, where its author
+    alone was interrupted, and those who waited try again.
 
     Attributes:
         author: who makes it.
@@ -45,13 +44,31 @@ class Flight(Future[Landing]):
 
     def __init__(self, author: Worker) -> None:
         super().__init__()
-        self.set_running_or_notify_cancel()  # a task that waits can be cancelled, this cannot
+        self.set_running_or_notify_cancel()  # nobody can cancel it from now on
         self.author, self.superseded = author, False
 
     def give_up(self) -> None:
         """Land with nothing, unless it has landed."""
         if not self.done():
-            self.set_result(Landing(None, arrived=False))
+            self.set_result(None)
+
+    async def landed(self) -> None:
+        """Wait in a task. ``result`` then has the very exception, which asyncio's own futures would not hand on."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        landed = loop.create_future()
+
+        def wake() -> None:
+            if not landed.done():
+                landed.set_result(None)
+
+        def tell(flight: object) -> None:
+            with suppress(RuntimeError):  # the loop is closed: the task was cancelled
+                loop.call_soon_threadsafe(wake)
+
+        self.add_done_callback(tell)
+        await landed
 
 
 _awaited: dict[Worker, Flight] = {}

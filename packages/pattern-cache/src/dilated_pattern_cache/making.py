@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dilated_pattern_cache import guards
 from dilated_pattern_cache.errors import PatternMutatedError
-from dilated_pattern_cache.flights import Flight, Landing, this_task, this_thread, waiting
+from dilated_pattern_cache.flights import Flight, this_task, this_thread, waiting
 from dilated_pattern_cache.shelf import Entry, Shelf
 from dilated_pattern_cache.store import Store
 from dilated_pattern_cache.tracing import outside_of_autograd, watched
@@ -44,12 +44,10 @@ class Maker:
     def make(self, key: Hashable, create: Callable[[], Any], device: Device | str | None) -> Any:
         """The value of a key that was not found, where ``create`` makes it. ``device`` is only looked at."""
         self._check(key, create, device)
-        return self._fly(self._store.masters, key, partial(self._create, key, create), create)
+        return self._fly(self._store.masters, key, partial(self._create, key, create), create).value
 
     async def make_async(self, key: Hashable, create: Callable[[], Any], device: Device | str | None) -> Any:
         """The same for a task: ``create`` may return an awaitable."""
-        from asyncio import wrap_future  # who calls this has it already
-
         self._check(key, create, device)
         shelf = self._store.masters
         if self._store.interrupted or watched():
@@ -69,11 +67,11 @@ class Maker:
                         value = create()
                     if isawaitable(value):
                         value = await value
-                    return self._arrive(shelf, flight, self._describe(key, value, perf_counter() - started))
+                    return self._arrive(shelf, flight, self._describe(key, value, perf_counter() - started)).value
                 with waiting(this_task(), found, key):
-                    landing = await wrap_future(found)
-                if landing.arrived:
-                    return landing.value
+                    await found.landed()
+                if (entry := found.result()) is not None:
+                    return entry.value
         except Exception as error:
             self._crash(shelf, key, flight, error)
             raise
@@ -144,11 +142,11 @@ class Maker:
         tier = self._store.tier(name)
         copy = tier.entries.get(key)
         if copy is None or copy.master is not master:
-            return self._fly(tier, key, partial(self._copy, master, place), partial(devices.moved, value, place))
-        if copy.intact is not None:
+            copy = self._fly(tier, key, partial(self._copy, master, place), partial(devices.moved, value, place))
+        else:
             self.intact(copy)
-        copy.add_hit()
-        copy.used = tier.policy.clock()
+            copy.add_hit()
+            copy.used = tier.policy.clock()
         if copy.arrive is not None:
             copy.arrive()
         return copy.value
@@ -163,24 +161,24 @@ class Maker:
 
     # ---------------------------------------------------------------------------------------------- flights
 
-    def _fly(self, shelf: Shelf, key: Hashable, make: Callable[[], Entry], step_aside: Callable[[], Any]) -> Any:
-        """The value of what ``make`` returns, by this thread or by the one that is at it."""
+    def _fly(self, shelf: Shelf, key: Hashable, make: Callable[[], Entry], step_aside: Callable[[], Any]) -> Entry:
+        """What ``make`` returns, by this thread or by the one that is at it."""
         if self._store.interrupted or watched():
             shelf.bypasses.add()
-            return step_aside()
+            return Entry(key, step_aside(), {})
         flight = Flight(this_thread())
         found: Entry | Flight = flight
         try:
             while True:
                 found = self._board(shelf, key, flight)
                 if isinstance(found, Entry):
-                    return found.value
+                    return found
                 if found is flight:
                     return self._arrive(shelf, flight, make())
                 with waiting(this_thread(), found, key):
-                    landing = found.result()
-                if landing.arrived:
-                    return landing.value
+                    entry = found.result()
+                if entry is not None:
+                    return entry
         except Exception as error:
             self._crash(shelf, key, flight, error)
             raise
@@ -208,8 +206,8 @@ class Maker:
             shelf.waits.add()
         return found
 
-    def _arrive(self, shelf: Shelf, flight: Flight, entry: Entry) -> Any:
-        """Keep what was made, if it may be kept; tell those who wait; return the value."""
+    def _arrive(self, shelf: Shelf, flight: Flight, entry: Entry) -> Entry:
+        """Keep what was made, if it may be kept, and tell those who wait."""
         store = self._store
 
         def keep() -> None:
@@ -231,9 +229,9 @@ class Maker:
             store.alone(keep)
         finally:
             self._leave(shelf, entry.key, flight)
-            flight.set_result(Landing(entry.value, arrived=True))
+            flight.set_result(entry)
         store.settle()
-        return entry.value
+        return entry
 
     def _crash(self, shelf: Shelf, key: Hashable, flight: Flight, error: Exception) -> None:
         """Tell those who wait for this flight, if it has begun and has not landed."""
