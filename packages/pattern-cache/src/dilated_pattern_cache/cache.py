@@ -257,7 +257,7 @@ class PatternCache(MutableMapping[K, V]):
         self._store.clear()
 
     def pin(self, *keys: K) -> None:
-        """Keep these from being evicted, with their copies, until they are unpinned, replaced by hand or removed.
+        """Keep these from being evicted, with their copies, until they are unpinned or removed.
 
         Raises:
             KeyError: one is not there. None is pinned then.

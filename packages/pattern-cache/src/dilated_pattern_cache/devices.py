@@ -47,7 +47,8 @@ def moved(value: Any, device: torch.device) -> Any:
     Raises:
         TypeError: there are tensors in an object that cannot be made anew.
     """
-    return _Move(device, lambda tensor: tensor.to(device))(value)
+    move = _TracedMove if torch.compiler.is_compiling() else _Move
+    return move(device, lambda tensor: tensor.to(device))(value)
 
 
 def copied(value: Any, device: torch.device) -> tuple[Any, Callable[[], None] | None]:
@@ -115,24 +116,45 @@ class _Move:
             is_plain = type(item) is dict or not isinstance(item, MutableMapping)
             return _made_like(item, parts) if is_plain else _filled(copy.copy(item), parts.items())
         if is_dataclass(item):
-            names = [*getattr(item, "__dict__", ()), *(field.name for field in fields(item))]
-            parts = {name: self(getattr(item, name)) for name in names if hasattr(item, name)}
-            twin = copy.copy(item)
-            for name, part in parts.items():
-                object.__setattr__(twin, name, part)  # frozen ones, too
-            return twin
+            return self._rebuilt_dataclass(item)
         raise _unmovable(item)
 
+    def _rebuilt_dataclass(self, item: Any) -> Any:
+        names = [*getattr(item, "__dict__", ()), *(field.name for field in fields(item))]  # some lack the one or other
+        parts = {name: self(getattr(item, name)) for name in names if hasattr(item, name)}
+        twin = copy.copy(item)
+        for name, part in parts.items():
+            object.__setattr__(twin, name, part)  # frozen ones, too
+        return twin
+
     def _moved_by_itself(self, item: Any) -> Any:
-        """By its method, on a twin: some, such as modules, change themselves."""
+        """By its method, on a twin: some, such as modules, change themselves. What stays behind does so on purpose."""
         if isinstance(item, torch.nn.Module):
             item = copy.deepcopy(item)
         elif not isinstance(item, tuple):
             item = copy.copy(item)
-        result = item.to(self._device)
-        if self._has_tensors_elsewhere(result):
-            raise TypeError(f"the method to() of {_name(item)} leaves tensors elsewhere than on {self._device}")
-        return result
+        return item.to(self._device)
+
+
+class _TracedMove(_Move):
+    """In a graph, where tracers know neither identities nor copies: an object met twice becomes two, which the graph
+    makes one again; an opaque one stays where it is, since nothing can look for tensors in it; and a dataclass is
+    initialised anew.
+    """
+
+    def __call__(self, item: Any) -> Any:
+        if isinstance(item, Tensor):
+            return self._send(item)
+        if item is None or isinstance(item, str | int | float):  # or older tracers give up
+            return item
+        has_parts = isinstance(item, tuple | list | deque | set | frozenset | Mapping) or is_dataclass(item)
+        return self._rebuilt(item) if has_parts or callable(getattr(type(item), "to", None)) else item
+
+    def _rebuilt_dataclass(self, item: Any) -> Any:
+        return type(item)(**{field.name: self(getattr(item, field.name)) for field in fields(item) if field.init})
+
+    def _moved_by_itself(self, item: Any) -> Any:
+        return item.to(self._device)  # it was made in this graph, for nobody else
 
 
 def _made_like(item: Any, parts: object) -> Any:
@@ -169,12 +191,10 @@ def _looked_up(device: object) -> torch.device:
     if named.type == "meta":
         raise ValueError("there is nothing on the device 'meta': values cannot be copied there")
     if named.type == "cpu":
-        place = _CPU  # PyTorch makes all indices one
-    else:
-        place = torch.device(named.type, _index(named))
-        if named.index is None:
-            return place
-    _known[device] = place
+        return _CPU  # PyTorch takes all its indices for one
+    place = torch.device(named.type, _index(named))
+    if place == named:
+        _known[device] = place
     return place
 
 

@@ -108,7 +108,7 @@ class Ledger:
     __slots__ = ("_holders", "total")
 
     def __init__(self, all_charges: Iterable[Mapping[Hashable, int]] = ()) -> None:
-        self._holders: dict[Hashable, int] = {}
+        self._holders: dict[Hashable, tuple[int, int]] = {}  # how many, and the most bytes that one of them said
         self.total = 0
         for charges in all_charges:
             self.add(charges)
@@ -116,20 +116,19 @@ class Ledger:
     def add(self, charges: Mapping[Hashable, int]) -> None:
         """One more holder of this memory."""
         for memory, nbytes in charges.items():
-            holders = self._holders.get(memory, 0)
-            self._holders[memory] = holders + 1
-            if holders == 0:
-                self.total += nbytes
+            holders, counted = self._holders.get(memory, (0, 0))
+            self._holders[memory] = holders + 1, max(nbytes, counted)
+            self.total += max(nbytes - counted, 0)
 
     def remove(self, charges: Mapping[Hashable, int]) -> None:
         """One holder fewer; ``charges`` as when they were added."""
-        for memory, nbytes in charges.items():
-            holders = self._holders[memory] - 1
-            if holders:
-                self._holders[memory] = holders
+        for memory in charges:
+            holders, counted = self._holders[memory]
+            if holders > 1:
+                self._holders[memory] = holders - 1, counted
             else:
                 del self._holders[memory]
-                self.total -= nbytes
+                self.total -= counted
 
 
 class Shelf:
@@ -191,7 +190,7 @@ class Shelf:
         self.pin(entry.key, entry.pinned)
         self._ledger.add(entry.charges)
         left = [] if old is None else [Departure(old, None)]
-        left += self._evict(keep=entry)
+        left += self._evict()  # the new entry is not on the heap yet
         entry.used = self.policy.clock()
         if len(self._heap) > 2 * len(self.entries) + 64:  # most of it speaks of entries that were removed
             self.rebuild()
@@ -232,9 +231,9 @@ class Shelf:
         entries = list(self.entries.values())  # at one moment, whatever other threads do
         return sorted(entries, key=lambda entry: (self.policy.rank(entry), entry.number))
 
-    def _evict(self, keep: Entry) -> Iterator[Departure]:
+    def _evict(self) -> Iterator[Departure]:
         while (reason := self._exceeded()) is not None:
-            entry = self._first(lambda entry: not entry.pinned and entry is not keep)
+            entry = self._first(lambda entry: not entry.pinned)
             if entry is None:
                 return
             self.policy.evicted(entry)

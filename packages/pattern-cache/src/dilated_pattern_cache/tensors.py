@@ -108,29 +108,36 @@ def watch_contents(key: Hashable, tensors: Sequence[Tensor]) -> Callable[[], boo
 def storages(tensor: Tensor) -> Iterator[tuple[Hashable, int]]:
     """(Identity, bytes) of the memory of a tensor of any layout."""
     for part in _strided_parts(tensor):
-        storage = part.untyped_storage()
-        if not part.is_meta:
+        if part.layout != torch.strided:
+            yield id(part), part.numel() * part.element_size()
+        elif not part.is_meta:
+            storage = part.untyped_storage()
             yield (str(part.device), storage.data_ptr()), storage.nbytes()
 
 
 def _same_bits(tensor: Tensor, copy: Tensor) -> bool:
     pairs = zip(_strided_parts(tensor), _strided_parts(copy), strict=True)
-    return all(
-        torch.equal(one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8))
-        for one, other in pairs
-    )
+    return all(torch.equal(_bits(one), _bits(other)) for one, other in pairs)
+
+
+def _bits(part: Tensor) -> Tensor:
+    dense = part if part.layout == torch.strided else part.to_dense()
+    return dense.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _strided_parts(tensor: Tensor) -> Iterator[Tensor]:
-    """The plain tensors that a tensor of another layout, or a wrapper around others, consists of."""
+    """The plain tensors that a tensor of another layout, or a wrapper around others, consists of.
+
+    Itself where its layout hides what it consists of, as MKL-DNN's does.
+    """
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _strided_parts(getattr(tensor, name))
-    elif tensor.layout == torch.strided:
-        yield tensor
     elif tensor.layout == torch.sparse_coo:
         yield from (tensor._indices(), tensor._values())
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
-    else:
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
         yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
+    else:
+        yield tensor

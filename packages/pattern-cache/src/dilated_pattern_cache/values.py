@@ -10,6 +10,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
+from operator import index
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -68,13 +69,7 @@ def charges_of(value: Any) -> dict[Hashable, int]:
     """
     charges: dict[Hashable, int] = {}
     for leaf in leaves(value):
-        if is_tensor(leaf):
-            from dilated_pattern_cache.tensors import storages
-
-            pieces: Iterator[tuple[Hashable, int]] = storages(leaf)
-        else:
-            pieces = iter([_piece(leaf)])
-        charges.update((memory, nbytes) for memory, nbytes in pieces if nbytes)
+        charges.update((memory, nbytes) for memory, nbytes in _pieces(leaf) if nbytes)
     return charges
 
 
@@ -82,9 +77,13 @@ def measured_by(size_of: Callable[[Any], int]) -> Callable[[Any], dict[Hashable,
     """As ``charges_of``, by a function of the user's; nothing it counts is shared."""
 
     def charges(value: Any) -> dict[Hashable, int]:
-        nbytes = size_of(value)
-        if not isinstance(nbytes, int) or isinstance(nbytes, bool):
-            raise TypeError(f"size_of must return a number of bytes, got {nbytes!r}")
+        said = size_of(value)
+        try:
+            nbytes = index(said)
+        except TypeError:
+            nbytes = None
+        if nbytes is None or isinstance(said, bool):
+            raise TypeError(f"size_of must return a number of bytes, got {said!r}")
         if nbytes < 0:
             raise ValueError(f"size_of must not return a negative number, got {nbytes}")
         return {object(): nbytes} if nbytes else {}
@@ -102,15 +101,32 @@ def _attributes(item: object) -> Iterator[Any]:
                 yield getattr(item, mangled, None)
 
 
-def _piece(leaf: Any) -> tuple[Hashable, int]:
+def _pieces(leaf: Any) -> Iterator[tuple[Hashable, int]]:
+    leaf = _owner(leaf)
+    if is_tensor(leaf):
+        from dilated_pattern_cache.tensors import storages
+
+        return storages(leaf)
     if is_ndarray(leaf):
-        while is_ndarray(leaf.base):
-            leaf = leaf.base
-        return ("cpu", leaf.__array_interface__["data"][0]), leaf.nbytes
+        return iter([(("cpu", leaf.__array_interface__["data"][0]), leaf.nbytes)])
+    if _is_on_a_gpu(leaf):
+        return iter([(("cuda", leaf.__cuda_array_interface__["data"][0]), leaf.nbytes)])
     if isinstance(leaf, memoryview):
-        return id(leaf.obj), leaf.nbytes
-    if isinstance(leaf, array):
-        return id(leaf), leaf.itemsize * len(leaf)
-    if isinstance(leaf, bytes | bytearray):
-        return id(leaf), len(leaf)
-    return ("cuda", leaf.__cuda_array_interface__["data"][0]), leaf.nbytes
+        leaf = leaf.obj
+    return iter([(id(leaf), memoryview(leaf).nbytes)])
+
+
+def _owner(leaf: Any) -> Any:
+    """Whose memory an array or a memoryview is a view of: the whole of it lives as long as the view."""
+    while True:
+        if isinstance(leaf, memoryview):
+            base = leaf.obj
+        elif is_ndarray(leaf):
+            base = leaf.base
+            if type(base).__name__ == "DummyArray":  # as_strided's
+                base = base.base
+        else:
+            return leaf
+        if not (is_tensor(base) or is_ndarray(base) or isinstance(base, _BUFFERS)):
+            return leaf
+        leaf = base
