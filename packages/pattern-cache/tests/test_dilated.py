@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from dilated_core import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dilated_core import reference
 from dilated_pattern_cache import BlockLayoutKey, DilatedIndexKey, DilatedPatternCache
 from dilated_pattern_cache.indices import dilated_indices
 

@@ -6,10 +6,10 @@ import threading
 
 import pytest
 import torch
-from dilated_core import DilatedAttention, PatternStore, dilated_attention
-from dilated_factory import LongNetLM
 from torch.nn import functional as F
 
+from dilated_core import DilatedAttention, PatternStore, dilated_attention
+from dilated_factory import LongNetLM
 from dilated_pattern_cache import DilatedPatternCache, PatternCache
 
 
@@ -43,8 +43,7 @@ def test_threads_plan_once() -> None:
 
     def attend() -> None:
         start.wait(60)
-        for _ in range(5):
-            outs.append(dilated_attention(query, key, value, [16, 64], [1, 4], patterns=cache))
+        outs.extend(dilated_attention(query, key, value, [16, 64], [1, 4], patterns=cache) for _ in range(5))
 
     threads = [threading.Thread(target=attend, daemon=True) for _ in range(8)]
     for thread in threads:

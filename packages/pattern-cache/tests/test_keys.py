@@ -35,9 +35,7 @@ def plan_keys(draw: st.DrawFn) -> CommunicationPlanKey:
     seq_len, ranks = draw(SIZES), draw(SIZES)
     inner = draw(st.none() | st.lists(st.integers(0, seq_len), min_size=ranks - 1, max_size=ranks - 1).map(sorted))
     bounds = None if inner is None else (0, *inner, seq_len)
-    return CommunicationPlanKey(
-        seq_len, lengths, rates, draw(SIZES), ranks, draw(st.booleans()), draw(NAMES), bounds
-    )
+    return CommunicationPlanKey(seq_len, lengths, rates, draw(SIZES), ranks, draw(st.booleans()), draw(NAMES), bounds)
 
 
 RATIOS = st.none() | st.sampled_from([0, 1, 0.0, 1.0, 0.1, 1e-5, -0.0])

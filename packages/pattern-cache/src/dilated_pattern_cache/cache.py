@@ -59,7 +59,7 @@ class PatternCache(MutableMapping[K, V]):
         guard: how a change of a cached value is noticed when it is next given out: "version", by the version counters
             of its tensors, NumPy arrays being made read-only; "contents", by a copy, to find a fault; None, not at all.
         on_evict: called with an ``Eviction`` after a value has left because of a limit, by the thread whose value
-            displaced it. What it raises reaches the caller, the new value being stored.
+            displaced it. What it raises reaches that caller; the new value is stored.
 
     Values must not depend on anything that is not in their key. ``create`` is called outside of the lock, without
     recording gradients, and not at all while another thread makes the same value.
@@ -131,7 +131,7 @@ class PatternCache(MutableMapping[K, V]):
                 ready for the caller's current stream.
 
         Raises:
-            RuntimeError: ``create`` asks for its own key, directly or through other threads.
+            RuntimeError: ``create`` asks for its own key, itself or by way of others who make what it asks for.
             PatternMutatedError: somebody changed the value in place.
             TypeError: ``create`` cannot be called; the value has tensors that others could not use, or that cannot be
                 moved to ``device`` with what they are in.
@@ -187,8 +187,9 @@ class PatternCache(MutableMapping[K, V]):
         if entry is None:
             self._store.masters.misses.add()
             raise KeyError(key)
-        if entry.intact is not None:
-            self._maker.intact(entry)
+        if entry.intact is not None and not self._maker.intact(entry):
+            self._store.masters.bypasses.add()
+            raise KeyError(key)
         self._add_hit()
         entry.add_hit()
         entry.used = self._clock()
@@ -285,7 +286,7 @@ class PatternCache(MutableMapping[K, V]):
 
         Args:
             patterns: ``create`` by key, or pairs of both.
-            device: where copies are wanted, too.
+            device: where copies are wanted, too. They are there when this returns.
             pin: whether the values are pinned.
             workers: how many threads make them; 1 for the caller's own.
             progress: called with (how many are done, of how many, the key just done) by the caller's thread.
@@ -314,6 +315,8 @@ class PatternCache(MutableMapping[K, V]):
         for done, key in enumerate(_results(make, pairs, workers), start=1):
             if progress is not None:
                 progress(done, len(pairs), key)
+        if device is not None:
+            self._maker.finish(device)
         return WarmReport(
             created=len(created),
             found=len(pairs) - len(created),
@@ -394,7 +397,7 @@ class PatternCache(MutableMapping[K, V]):
                     copies=tier.creations.value,
                     evictions=tier.evictions,
                 )
-                for name, tier in list(self._store.tiers.items())
+                for name, tier in self._store.tiers.copy().items()
             },
         )
 
@@ -418,8 +421,8 @@ class _Items(ItemsView[K, V]):
     _mapping: PatternCache[K, V]
 
     def __iter__(self) -> Iterator[tuple[K, V]]:
-        for key, entry in list(self._mapping._store.masters.entries.items()):
-            yield cast(K, key), entry.value
+        for entry in list(self._mapping._store.masters.entries.values()):
+            yield cast(K, entry.key), entry.value
 
     def __contains__(self, item: object) -> bool:
         return any(item == pair for pair in self)

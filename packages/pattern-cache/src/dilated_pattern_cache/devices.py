@@ -51,7 +51,18 @@ def moved(value: Any, device: torch.device) -> Any:
     return move(device, lambda tensor: tensor.to(device))(value)
 
 
-def copied(value: Any, device: torch.device) -> tuple[Any, Callable[[], None] | None]:
+def check_copying(device: torch.device) -> None:
+    """See that a copy can be made now.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured.
+    """
+    streams = streams_of(device)
+    if streams is not None:
+        refuse_capture(streams)
+
+
+def copied(value: Any, device: torch.device) -> tuple[Any, Arrival | None]:
     """As ``moved``, with no gradient recorded; and what makes the copy ready for the stream that is current later.
 
     A copy on a CUDA device is not waited for, and ready for the caller's current stream. All others are there, and
@@ -59,13 +70,11 @@ def copied(value: Any, device: torch.device) -> tuple[Any, Callable[[], None] | 
 
     Raises:
         TypeError: there are tensors in an object that cannot be made anew.
-        RuntimeError: a CUDA graph is being captured.
     """
     streams = streams_of(device)
     with outside_of_autograd():
         if streams is None:
             return moved(value, device), None
-        refuse_capture(streams)
         here = {id(leaf) for leaf in leaves(value)}
         result = _Move(device, streams.send)(value)
         made = [leaf for leaf in leaves(result) if is_tensor(leaf) and id(leaf) not in here]

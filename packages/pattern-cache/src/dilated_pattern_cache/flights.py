@@ -7,6 +7,7 @@ may both hear of it.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Hashable, Iterator
 from concurrent.futures import Future
@@ -40,17 +41,28 @@ class Flight(Future[Landing]):
     Attributes:
         author: who makes it.
         superseded: whether its value is not to be kept: the key was stored, deleted or cleared meanwhile.
+
+    In the child of a fork, those of the parent do nothing: whoever waits for them is there.
     """
 
     def __init__(self, author: Worker) -> None:
         super().__init__()
         self.set_running_or_notify_cancel()  # nobody can cancel it from now on
-        self.author, self.superseded = author, False
+        self.author, self.superseded, self._process = author, False, os.getpid()
 
-    def give_up(self) -> None:
-        """Land with nothing, unless it has landed."""
-        if not self.done():
-            self.set_result(None)
+    def land(self, entry: Entry | None) -> None:
+        """Give the entry to all who wait, or nothing; unless it has landed."""
+        if self._process == os.getpid() and not self.done():
+            self.set_result(entry)
+
+    def crash(self, error: Exception) -> None:
+        """Give the exception to all who wait, unless it has landed."""
+        if self._process == os.getpid() and not self.done():
+            self.set_exception(error)
+
+    def forked(self) -> None:
+        """In the child of its author's fork: nobody waits yet, whatever the locks within say."""
+        self.__init__(self.author)  # type: ignore[misc]
 
     async def landed(self) -> None:
         """Wait in a task. ``result`` then has the very exception, which asyncio's own futures would not hand on."""
@@ -117,7 +129,9 @@ def forget_other_threads(flights: dict[Hashable, Flight]) -> None:
     """In a forked child: the other threads are in the parent, and what they made will not arrive here."""
     here = threading.get_ident()
     for key, flight in list(flights.items()):
-        if flight.author.thread != here:
+        if flight.author.thread == here:
+            flight.forked()
+        else:
             del flights[key]
     for worker in list(_awaited):
         if worker.thread != here:

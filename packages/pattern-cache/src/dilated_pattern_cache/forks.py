@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from functools import cache
 from typing import Any, Protocol
-from weakref import WeakSet
 
 
 class Forkable(Protocol):
@@ -22,15 +22,16 @@ class Forkable(Protocol):
         """Called in the child, with the lock held."""
 
 
-_registry = threading.RLock()  # nobody makes a cache while the others are being locked
-_caches: WeakSet[Forkable] = WeakSet()
+# By identity. Changed in single steps, without a lock: a finaliser may make a cache while another thread forks.
+_caches: dict[int, weakref.ref[Forkable]] = {}
+_forking = threading.RLock()
 _held: list[Forkable] = []
 
 
 def watch(forkable: Forkable) -> None:
     """Hold the lock over every fork from now on."""
-    with _registry:
-        _caches.add(forkable)
+    name = id(forkable)
+    _caches[name] = weakref.ref(forkable, lambda _: _caches.pop(name, None))
     _register()
 
 
@@ -41,16 +42,18 @@ def _register() -> None:
 
 
 def _hold() -> None:
-    _registry.acquire()
-    for forkable in sorted(_caches, key=id):  # one order for all threads that fork
-        forkable.lock.acquire()
-        _held.append(forkable)
+    _forking.acquire()
+    for _, reference in sorted(_caches.copy().items()):  # one order for all threads that fork
+        forkable = reference()
+        if forkable is not None:
+            forkable.lock.acquire()
+            _held.append(forkable)
 
 
 def _let_go() -> None:
     while _held:
         _held.pop().lock.release()
-    _registry.release()
+    _forking.release()
 
 
 def _let_go_in_child() -> None:

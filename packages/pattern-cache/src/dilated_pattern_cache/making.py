@@ -77,7 +77,7 @@ class Maker:
             raise
         finally:
             self._leave(shelf, key, flight)
-            flight.give_up()
+            flight.land(None)
             del flight, found
 
     def put(self, key: Hashable, value: Any, seconds: float) -> None:
@@ -142,6 +142,7 @@ class Maker:
         tier = self._store.tier(name)
         copy = tier.entries.get(key)
         if copy is None or copy.master is not master:
+            devices.check_copying(place)
             copy = self._fly(tier, key, partial(self._copy, master, place), partial(devices.moved, value, place))
         else:
             self.intact(copy)
@@ -150,6 +151,13 @@ class Maker:
         if copy.arrive is not None:
             copy.arrive()
         return copy.value
+
+    def finish(self, device: Device | str) -> None:
+        """Wait for all copies that are on their way to the device."""
+        tier = self._store.tier(str(_devices().canonical(device)))
+        for copy in list(tier.entries.values()):
+            if copy.arrive is not None:
+                copy.arrive.finish()
 
     def _copy(self, master: Entry, place: Device) -> Entry:
         started = perf_counter()
@@ -184,7 +192,7 @@ class Maker:
             raise
         finally:
             self._leave(shelf, key, flight)
-            flight.give_up()
+            flight.land(None)
             del flight, found  # an exception that a flight holds would hold this frame
 
     def _board(self, shelf: Shelf, key: Hashable, flight: Flight) -> Entry | Flight:
@@ -194,8 +202,7 @@ class Maker:
             return shelf.entries.get(key) or shelf.flights.setdefault(key, flight)
 
         found = self._store.alone(board)
-        if found is not flight:  # else it is done when that has landed
-            self._store.settle()
+        self._store.catch_up()
         if isinstance(found, Entry):
             shelf.hits.add()
             found.add_hit()
@@ -229,21 +236,27 @@ class Maker:
             store.alone(keep)
         finally:
             self._leave(shelf, entry.key, flight)
-            flight.set_result(entry)
+            flight.land(entry)
         store.settle()
         return entry
 
     def _crash(self, shelf: Shelf, key: Hashable, flight: Flight, error: Exception) -> None:
         """Tell those who wait for this flight, if it has begun and has not landed."""
-        if not flight.done() and (flight.superseded or shelf.flights.get(key) is flight):
+        if flight.superseded or shelf.flights.get(key) is flight:
             shelf.failures.add()
             self._leave(shelf, key, flight)
-            flight.set_exception(error)
+            flight.crash(error)
 
     def _leave(self, shelf: Shelf, key: Hashable, flight: Flight) -> None:
         """From now on who asks for the key begins anew."""
+
+        def leave() -> None:
+            if shelf.flights.get(key) is flight:
+                del shelf.flights[key]
+
         if shelf.flights.get(key) is flight:
-            del shelf.flights[key]
+            self._store.alone(leave)
+            self._store.catch_up()
 
 
 def _devices() -> Any:

@@ -12,10 +12,13 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count, repeat
 from operator import length_hint
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from dilated_pattern_cache.flights import Flight
 from dilated_pattern_cache.policies import Policy
+
+if TYPE_CHECKING:
+    from dilated_pattern_cache.streams import Arrival
 
 Reason: TypeAlias = Literal["max_entries", "max_bytes"]
 
@@ -55,7 +58,7 @@ class Entry:
         used: what the policy's clock said when the entry was last used.
         number: of its arrival on the shelf. Of two entries of one rank, the one that came first leaves first.
         master, device: what it is a copy of, and where; None for a master.
-        arrive: for a copy: makes the caller's stream wait for it.
+        arrive: for a copy that is not waited for: makes the caller's stream wait.
     """
 
     __slots__ = (
@@ -78,7 +81,7 @@ class Entry:
         self.pinned, self.used, self.number = False, 0.0, 0
         self.master: Entry | None = None
         self.device: Any = None
-        self.arrive: Callable[[], None] | None = None
+        self.arrive: Arrival | None = None
         self.tally = Tally()
         self.add_hit = self.tally.add
 
@@ -135,7 +138,7 @@ class Shelf:
     """Entries by key, at most ``max_entries`` of them and at most ``max_bytes`` in all.
 
     Attributes:
-        entries: by key, in the order of their arrival.
+        entries: by key.
         flights: what is being made for this shelf, by key.
         evictions: how many left because of a limit.
         hits, misses, waits, bypasses, creations, failures, rejections: see ``CacheInfo``.
@@ -171,7 +174,7 @@ class Shelf:
             return f"its {entry.nbytes} bytes are more than the limit of {self.max_bytes}"
         if self.max_entries == 0:
             return "max_entries is 0"
-        pinned = [other for key, other in list(self._pinned.items()) if key != entry.key]
+        pinned = [other for other in list(self._pinned.values()) if other.key != entry.key]
         if self.max_entries is not None and len(pinned) >= self.max_entries:
             return f"all {self.max_entries} entries are pinned"
         if pinned and self.max_bytes is not None:
@@ -182,14 +185,17 @@ class Shelf:
 
     def insert(self, entry: Entry) -> list[Departure]:
         """Put an entry that is not refused on the shelf; return the entries that leave for it."""
-        old = self.remove(entry.key)
+        old = self.entries.get(entry.key)
+        left = []
+        entry.number = next(self._numbers)
         if old is not None:
             entry.pinned = old.pinned
-        entry.number = next(self._numbers)
-        self.entries[entry.key] = entry
-        self.pin(entry.key, entry.pinned)
+            left.append(Departure(old, None))
+        self.entries[entry.key] = entry  # in one step: an interrupt leaves the old one or the new one
+        if old is not None:
+            self._ledger.remove(old.charges)
         self._ledger.add(entry.charges)
-        left = [] if old is None else [Departure(old, None)]
+        self.pin(entry.key, entry.pinned)
         left += self._evict()  # the new entry is not on the heap yet
         entry.used = self.policy.clock()
         if len(self._heap) > 2 * len(self.entries) + 64:  # most of it speaks of entries that were removed

@@ -7,10 +7,12 @@ finds, it gets; what it would change is changed right after.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable
 from contextlib import suppress
+from threading import get_ident
 from typing import TypeVar
 
 from dilated_pattern_cache import forks
@@ -20,6 +22,9 @@ from dilated_pattern_cache.shelf import Departure, Entry, Shelf
 from dilated_pattern_cache.statistics import EntryInfo, Eviction
 
 R = TypeVar("R")
+
+# By thread: the caches that it was asked to change in the middle of a change of another, or of the same.
+_changing: dict[int, list[Store]] = {}
 
 
 class Store:
@@ -44,18 +49,23 @@ class Store:
         self.masters = Shelf(new_policy(), max_entries, max_bytes)
         self.tiers: dict[str, Shelf] = {}
         self.find = self.masters.entries.get
-        self.lock = threading.RLock()  # asked who owns it, never taken twice by one thread
+        self.lock = threading.RLock()  # taken twice by one thread over a fork only
         self.seconds_spent = self.retired_seconds_saved = 0.0
         self._whole = True  # whether the last change was completed
         self._deferred: deque[Callable[[], object]] = deque()
-        self._left: deque[Departure] = deque()
+        self._owed: deque[Store] = deque()  # who was asked to change in the middle of a change of this one
+        self._left: dict[int, deque[Departure]] = {}  # by the thread that is to tell of them
         forks.watch(self)
 
     @property
     def interrupted(self) -> bool:
-        """Whether the caller is a finaliser or a signal handler in the middle of a change by its own thread."""
-        owned: bool = self.lock._is_owned()  # type: ignore[attr-defined]
-        return owned
+        """Whether the caller must not wait for the lock.
+
+        It is a finaliser or a signal handler in the middle of a change by its own thread, of this cache or of another:
+        the lock is its own, or its holder may be waiting for that other's. Or the interpreter ends: the holder may be
+        a thread that was stopped for ever.
+        """
+        return get_ident() in _changing or sys.is_finalizing()
 
     def tier(self, device: str) -> Shelf:
         """The shelf of a device."""
@@ -94,10 +104,8 @@ class Store:
                 self.let_go([Departure(entry, None)])
             return entry
 
-        if self.interrupted:
-            self._deferred.append(remove)
-            return self.find(key)
-        return self._change(remove)
+        found = self.find(key)
+        return found if self._put_off(remove) else self._change(remove)
 
     def discard(self, entry: Entry) -> None:
         """Remove this very entry: a copy alone, or a master with its copies."""
@@ -113,7 +121,7 @@ class Store:
     def pop_first(self) -> Entry | None:
         """Remove what would leave next, pinned or not; None where there is nothing."""
         if self.interrupted:
-            raise RuntimeError("popitem() in the middle of another operation of this thread on the cache")
+            raise RuntimeError("popitem() must not interrupt another operation of its thread, or the interpreter's end")
 
         def take() -> Entry | None:
             entry = self.masters.pop_first()
@@ -156,42 +164,60 @@ class Store:
 
     def inform(self, entry: Entry) -> EntryInfo:
         """What is known of an entry."""
-        places = [name for name, tier in list(self.tiers.items()) if entry.key in tier.entries]
+        places = [name for name, tier in self.tiers.copy().items() if entry.key in tier.entries]
         return EntryInfo(entry.key, entry.nbytes, entry.tally.value, entry.seconds, entry.pinned, tuple(places))
 
     # ---------------------------------------------------------------------------------------------- one at a time
 
     def _change(self, operation: Callable[[], R]) -> R | None:
         """Run an operation on what is stored, alone; None where it is put off."""
-        if self.interrupted:
-            self._deferred.append(operation)
+        if self._put_off(operation):
             return None
         result = self.alone(operation)
         self.settle()
         return result
 
+    def _put_off(self, operation: Callable[[], object]) -> bool:
+        """Where the caller must not wait: leave the operation to be done right after what it interrupts."""
+        if self.interrupted:
+            self._deferred.append(operation)
+            _changing.get(get_ident(), []).append(self)
+            return True
+        return False
+
     def alone(self, operation: Callable[[], R]) -> R:
         """Run an operation with the lock held. ``settle`` must follow."""
-        with self.lock:
-            if not self._whole:  # an exception cut the last change short
-                for shelf in (self.masters, *self.tiers.values()):
-                    shelf.rebuild()
-            self._whole = False
-            result = operation()
-            self._whole = True
+        owed: list[Store] = []
+        _changing[get_ident()] = owed
+        try:
+            with self.lock:
+                if not self._whole:  # an exception cut the last change short
+                    for shelf in (self.masters, *self.tiers.values()):
+                        shelf.rebuild()
+                self._whole = False
+                result = operation()
+                self._whole = True
+        finally:
+            _changing.pop(get_ident(), None)
+            self._owed.extend(owed)
         return result
 
-    def settle(self) -> None:
-        """Without the lock: what was put off, then what must be told. Values that left die here."""
+    def catch_up(self) -> None:
+        """Without the lock: what was put off."""
         while self._deferred:
             with suppress(IndexError):  # another thread may be at it, too
                 self.alone(self._deferred.popleft())
+
+    def settle(self) -> None:
+        """Without the lock: what was put off, then what must be told. Values that left die here."""
+        self.catch_up()
+        while self._owed:
+            with suppress(IndexError):
+                self._owed.popleft().settle()
         failed = None
-        while self._left:
-            try:
-                entry, reason = self._left.popleft()
-            except IndexError:
-                break
+        left = self._left.pop(get_ident(), deque())
+        while left:
+            entry, reason = left.popleft()
             if reason is not None and self._on_evict is not None:
                 try:
                     self._on_evict(Eviction(self.inform(entry), entry.value, entry.device, reason))
@@ -205,22 +231,27 @@ class Store:
 
     def let_go(self, departures: Iterable[Departure]) -> None:
         """Within an operation: entries have left their shelf. Copies of masters leave theirs."""
+        left = self._left.setdefault(get_ident(), deque())
         for departure in departures:
             entry = departure.entry
-            self._left.append(departure)
+            left.append(departure)
             if entry.master is None:
                 self.retired_seconds_saved += entry.tally.value * entry.seconds
                 copies = [tier.remove(entry.key) for tier in self.tiers.values()]
-                self._left.extend(Departure(copy, None) for copy in copies if copy is not None)
+                left.extend(Departure(copy, None) for copy in copies if copy is not None)
 
     def _supersede(self, key: Hashable) -> None:
         """What is being made of the key is not to be kept, and who asks from now on begins anew."""
         for shelf in (self.masters, *self.tiers.values()):
-            flight = shelf.flights.pop(key, None)
+            flight = shelf.flights.get(key)
             if flight is not None:
-                flight.superseded = True
+                flight.superseded = True  # before it is nowhere to be found: it may be landing
+                del shelf.flights[key]
 
     def forked(self) -> None:
-        """In the child of a fork, with the lock held: forget what other threads were making."""
+        """In the child of a fork, with the lock held: forget what other threads were at."""
+        for thread in list(_changing):
+            if thread != get_ident():
+                del _changing[thread]
         for shelf in (self.masters, *self.tiers.values()):
             forget_other_threads(shelf.flights)

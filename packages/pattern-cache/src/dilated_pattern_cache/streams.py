@@ -12,11 +12,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dilated_pattern_cache.tensors import _strided_parts
+from dilated_pattern_cache.tensors import strided_parts
 
 
 class Event(Protocol):
     """A point in a stream's work."""
+
+    def synchronize(self) -> None:
+        """Wait until the work up to there is done."""
 
     def query(self) -> bool:
         """Whether the work up to there is done. Not to be asked while a graph is captured: that breaks the capture."""
@@ -81,6 +84,12 @@ class Arrival:
                 streams.hold(tensor, stream)
             self._told.add(stream)
 
+    def finish(self) -> None:
+        """Wait until the copy is there. From then on it may be used while a graph is captured."""
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+
 
 def refuse_capture(streams: Streams) -> None:
     """See that no graph is being captured.
@@ -91,7 +100,7 @@ def refuse_capture(streams: Streams) -> None:
     if streams.capturing():
         raise RuntimeError(
             "a cached value is not known to be on this device yet, and cannot be copied there while a CUDA graph is "
-            "captured: before the capture warm the cache for the device, synchronise, and look the value up once more"
+            "captured: warm the cache for the device before the capture"
         )
 
 
@@ -119,7 +128,7 @@ class CudaStreams:
         read. From another accelerator by PyTorch, which orders the current streams of both.
         """
         if tensor.is_cuda:
-            for part in _strided_parts(tensor):
+            for part in strided_parts(tensor):
                 part.record_stream(torch.cuda.current_stream(part.device))
             return tensor.to(self._device, non_blocking=True)
         if not _is_plain(tensor):
@@ -140,7 +149,7 @@ class CudaStreams:
 
     def hold(self, tensor: Tensor, stream: torch.cuda.Stream) -> None:
         """See ``Streams``."""
-        for part in _strided_parts(tensor):
+        for part in strided_parts(tensor):
             part.record_stream(stream)
 
 

@@ -15,6 +15,7 @@ from dilated_pattern_cache.errors import mutated
 # torch.func, torch.jit.trace. Private functions alone know.
 _modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _transforms: Any = torch._C._functorch.maybe_current_level
+_is_wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor
 _tracing: Any = torch._C._is_tracing
 
 
@@ -37,8 +38,11 @@ def outside_of_modes() -> bool:
 
 
 def unreal(tensors: Sequence[Tensor]) -> bool:
-    """Whether there is one without memory: a meta tensor, or the fake one of a tracer."""
-    return any(tensor.is_meta or type(tensor).__name__ in ("FakeTensor", "FunctionalTensor") for tensor in tensors)
+    """Whether there is one without memory: a meta tensor, the fake one of a tracer, that of a transform."""
+    return any(
+        tensor.is_meta or type(tensor).__name__ in ("FakeTensor", "FunctionalTensor") or _is_wrapped(tensor)
+        for tensor in tensors
+    )
 
 
 def check(key: Hashable, tensors: Sequence[Tensor]) -> None:
@@ -98,7 +102,7 @@ def watch_contents(key: Hashable, tensors: Sequence[Tensor]) -> Callable[[], boo
             return False
         with torch.no_grad():
             for tensor, copy in copies:
-                if tensor.shape != copy.shape or not _same_bits(tensor, copy):
+                if (tensor.shape, tensor.dtype) != (copy.shape, copy.dtype) or not _same_bits(tensor, copy):
                     raise mutated(key)
         return True
 
@@ -107,7 +111,7 @@ def watch_contents(key: Hashable, tensors: Sequence[Tensor]) -> Callable[[], boo
 
 def storages(tensor: Tensor) -> Iterator[tuple[Hashable, int]]:
     """(Identity, bytes) of the memory of a tensor of any layout."""
-    for part in _strided_parts(tensor):
+    for part in strided_parts(tensor):
         if part.layout != torch.strided:
             yield id(part), part.numel() * part.element_size()
         elif not part.is_meta:
@@ -116,23 +120,24 @@ def storages(tensor: Tensor) -> Iterator[tuple[Hashable, int]]:
 
 
 def _same_bits(tensor: Tensor, copy: Tensor) -> bool:
-    pairs = zip(_strided_parts(tensor), _strided_parts(copy), strict=True)
+    pairs = zip(strided_parts(tensor), strided_parts(copy), strict=True)
     return all(torch.equal(_bits(one), _bits(other)) for one, other in pairs)
 
 
 def _bits(part: Tensor) -> Tensor:
     dense = part if part.layout == torch.strided else part.to_dense()
-    return dense.contiguous().reshape(-1).view(torch.uint8)
+    plain = dense.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return plain.reshape(-1).view(torch.uint8)
 
 
-def _strided_parts(tensor: Tensor) -> Iterator[Tensor]:
+def strided_parts(tensor: Tensor) -> Iterator[Tensor]:
     """The plain tensors that a tensor of another layout, or a wrapper around others, consists of.
 
     Itself where its layout hides what it consists of, as MKL-DNN's does.
     """
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _strided_parts(getattr(tensor, name))
+            yield from strided_parts(getattr(tensor, name))
     elif tensor.layout == torch.sparse_coo:
         yield from (tensor._indices(), tensor._values())
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
