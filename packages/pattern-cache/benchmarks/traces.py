@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 from dilated_pattern_cache import PatternCache
-from dilated_pattern_cache.values import charges_of
+from dilated_pattern_cache.values.leaves import charges_of
 
 FOLDER = Path(__file__).parent / "traces"
 REPEATS = 3

@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
-from dilated_pattern_cache import Eviction, PatternCache, PatternMutatedError, devices
-from dilated_pattern_cache.devices import canonical, copied, moved
+from dilated_pattern_cache import Eviction, PatternCache, PatternMutatedError
+from dilated_pattern_cache.values import devices
+from dilated_pattern_cache.values.devices import canonical, copied, moved
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 PLACES = {"far": torch.device("cpu", 1), "farther": torch.device("cpu", 2)}  # tensors there say "cpu" of themselves

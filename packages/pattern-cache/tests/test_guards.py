@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dilated_pattern_cache import PatternCache, PatternMutatedError
-from dilated_pattern_cache.guards import Guard
+from dilated_pattern_cache.values.guards import Guard
 
 BOTH: list[Guard] = ["version", "contents"]
 

@@ -13,7 +13,7 @@ from contract import FULL, MAX_BYTES, Cache, CacheContract, weigh
 
 from dilated_pattern_cache import PatternCache
 from dilated_pattern_cache.policies import LRU, GreedyDualSize, Policy
-from dilated_pattern_cache.shelf import Entry
+from dilated_pattern_cache.storage.shelf import Entry
 
 
 class FirstInFirstOut:

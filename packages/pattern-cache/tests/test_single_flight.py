@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import pytest
 
 from dilated_pattern_cache import Eviction, PatternCache
-from dilated_pattern_cache.flights import _awaited
+from dilated_pattern_cache.storage.flights import _awaited
 
 T = TypeVar("T")
 PATIENCE = 60  # seconds, before a test calls it a deadlock

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
 from dilated_pattern_cache import PatternCache
-from dilated_pattern_cache.shelf import Ledger
-from dilated_pattern_cache.values import charges_of, leaves
+from dilated_pattern_cache.storage.shelf import Ledger
+from dilated_pattern_cache.values.leaves import charges_of, leaves
 
 
 def weight(value: Any) -> int:

@@ -20,7 +20,7 @@ from test_single_flight import PATIENCE, assert_nothing_in_flight, begin, until
 
 import dilated_pattern_cache
 from dilated_pattern_cache import PatternCache
-from dilated_pattern_cache.shelf import Ledger
+from dilated_pattern_cache.storage.shelf import Ledger
 
 THREADS = 8
 KEYS = 8
@@ -28,7 +28,11 @@ MAX_ENTRIES, MAX_BYTES = 5, 100
 ROUNDS = 6
 
 _SOURCE = Path(dilated_pattern_cache.__file__).parent
-FILES = {str(_SOURCE / name) for name in ("cache.py", "making.py", "store.py", "shelf.py", "flights.py")}
+NAMES = ("cache.py", "storage/making.py", "storage/store.py", "storage/shelf.py", "storage/flights.py")
+FILES = {str(_SOURCE / name) for name in NAMES}
+    str(_SOURCE / name)
+    for name in ("cache.py", "storage/making.py", "storage/store.py", "storage/shelf.py", "storage/flights.py")
+}
 
 
 class Value(NamedTuple):

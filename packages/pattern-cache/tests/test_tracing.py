@@ -18,7 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dilated_pattern_cache import CacheInfo, PatternCache, devices
+from dilated_pattern_cache import CacheInfo, PatternCache
+from dilated_pattern_cache.values import devices
 
 LENGTHS = (5, 7, 11, 64)
 Cache = PatternCache[Any, torch.Tensor]

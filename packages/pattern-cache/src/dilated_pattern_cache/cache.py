@@ -24,13 +24,13 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from dilated_pattern_cache.checks import duration, limit, policy_named
-from dilated_pattern_cache.guards import GUARDS, Guard
-from dilated_pattern_cache.making import Maker
 from dilated_pattern_cache.policies import Policy
 from dilated_pattern_cache.statistics import CacheInfo, DeviceInfo, EntryInfo, Eviction, WarmReport
-from dilated_pattern_cache.store import Store
-from dilated_pattern_cache.tracing import compiling
-from dilated_pattern_cache.values import charges_of, measured_by
+from dilated_pattern_cache.storage.making import Maker
+from dilated_pattern_cache.storage.store import Store
+from dilated_pattern_cache.values.guards import GUARDS, Guard
+from dilated_pattern_cache.values.leaves import charges_of, measured_by
+from dilated_pattern_cache.values.tracing import compiling
 
 if TYPE_CHECKING:
     from torch import device as Device
@@ -459,6 +459,6 @@ def _step_aside(create: Callable[[], V], device: Device | str | None) -> V:
     value = create()
     if device is None:
         return value
-    from dilated_pattern_cache.devices import canonical, moved
+    from dilated_pattern_cache.values.devices import canonical, moved
 
     return cast(V, moved(value, canonical(device)))

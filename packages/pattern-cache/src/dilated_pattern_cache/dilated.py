@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 from dilated_pattern_cache.cache import PatternCache
 from dilated_pattern_cache.indices import DilatedIndices, dilated_indices
 from dilated_pattern_cache.keys import DilatedIndexKey, PatternKey
-from dilated_pattern_cache.values import is_tensor
+from dilated_pattern_cache.values.leaves import is_tensor
 
 if TYPE_CHECKING:
     from torch import device as Device

@@ -9,7 +9,7 @@ from operator import getitem
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from dilated_pattern_cache.shelf import Entry
+    from dilated_pattern_cache.storage.shelf import Entry
 
 
 class Policy(Protocol):

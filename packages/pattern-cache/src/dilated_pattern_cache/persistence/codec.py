@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from dilated_pattern_cache.persistence.classes import Types, build, field_names, lost_attributes
 from dilated_pattern_cache.persistence.errors import CacheFileError
-from dilated_pattern_cache.values import is_ndarray, is_tensor
+from dilated_pattern_cache.values.leaves import is_ndarray, is_tensor
 
 if TYPE_CHECKING:
     import torch

@@ -16,8 +16,8 @@ from dilated_pattern_cache.persistence.classes import Types
 from dilated_pattern_cache.persistence.codec import Decoder, Encoder
 from dilated_pattern_cache.persistence.errors import CacheFileError
 from dilated_pattern_cache.persistence.files import compose, dissect, read, write
-from dilated_pattern_cache.shelf import Entry
-from dilated_pattern_cache.tracing import outside_of_autograd, watched
+from dilated_pattern_cache.storage.shelf import Entry
+from dilated_pattern_cache.values.tracing import outside_of_autograd, watched
 
 _FORMAT = "dilated_pattern_cache"
 _VERSION = 1

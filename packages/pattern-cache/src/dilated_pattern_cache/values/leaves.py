@@ -104,7 +104,7 @@ def _attributes(item: object) -> Iterator[Any]:
 def _pieces(leaf: Any) -> Iterator[tuple[Hashable, int]]:
     leaf = _owner(leaf)
     if is_tensor(leaf):
-        from dilated_pattern_cache.tensors import storages
+        from dilated_pattern_cache.values.tensors import storages
 
         return storages(leaf)
     if is_ndarray(leaf):

@@ -15,11 +15,11 @@ from contextlib import suppress
 from threading import get_ident
 from typing import TypeVar
 
-from dilated_pattern_cache import forks
-from dilated_pattern_cache.flights import forget_other_threads
 from dilated_pattern_cache.policies import Policy
-from dilated_pattern_cache.shelf import Departure, Entry, Shelf
 from dilated_pattern_cache.statistics import EntryInfo, Eviction
+from dilated_pattern_cache.storage import forks
+from dilated_pattern_cache.storage.flights import forget_other_threads
+from dilated_pattern_cache.storage.shelf import Departure, Entry, Shelf
 
 R = TypeVar("R")
 

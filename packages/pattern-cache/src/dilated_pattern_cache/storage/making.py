@@ -8,13 +8,13 @@ from inspect import isawaitable
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from dilated_pattern_cache import guards
 from dilated_pattern_cache.errors import PatternMutatedError
-from dilated_pattern_cache.flights import Flight, this_task, this_thread, waiting
-from dilated_pattern_cache.shelf import Entry, Shelf
-from dilated_pattern_cache.store import Store
-from dilated_pattern_cache.tracing import outside_of_autograd, watched
-from dilated_pattern_cache.values import is_tensor, leaves
+from dilated_pattern_cache.storage.flights import Flight, this_task, this_thread, waiting
+from dilated_pattern_cache.storage.shelf import Entry, Shelf
+from dilated_pattern_cache.storage.store import Store
+from dilated_pattern_cache.values import guards
+from dilated_pattern_cache.values.leaves import is_tensor, leaves
+from dilated_pattern_cache.values.tracing import outside_of_autograd, watched
 
 if TYPE_CHECKING:
     from torch import device as Device
@@ -118,7 +118,7 @@ class Maker:
         """
         tensors = [leaf for leaf in leaves(value) if is_tensor(leaf)]
         if tensors:
-            from dilated_pattern_cache.tensors import check, unreal
+            from dilated_pattern_cache.values.tensors import check, unreal
 
             if unreal(tensors):
                 return Entry(key, value, {}, seconds, unfit="it has tensors without memory")
@@ -266,7 +266,7 @@ def _devices() -> Any:
         ImportError: PyTorch is not installed.
     """
     try:
-        from dilated_pattern_cache import devices
+        from dilated_pattern_cache.values import devices
     except ImportError as error:
         raise ImportError('device= needs PyTorch: pip install "dilated-pattern-cache[torch]"') from error
     return devices

@@ -23,7 +23,7 @@ def watched() -> bool:
     """Whether tensors made now are not what they seem: in a dispatch mode, a transform of torch.func, a trace."""
     if "torch" not in sys.modules:
         return False
-    from dilated_pattern_cache import tensors
+    from dilated_pattern_cache.values import tensors
 
     return tensors.watched()
 
@@ -32,6 +32,6 @@ def outside_of_autograd() -> AbstractContextManager[object]:
     """Within it tensors are made that everybody can use: with no graph behind them, and no inference tensors."""
     if "torch" not in sys.modules:
         return nullcontext()
-    from dilated_pattern_cache import tensors
+    from dilated_pattern_cache.values import tensors
 
     return tensors.outside_of_autograd()

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 if TYPE_CHECKING:
-    from dilated_pattern_cache.shelf import Entry
+    from dilated_pattern_cache.storage.shelf import Entry
 
 
 Landing: TypeAlias = "Entry | None"

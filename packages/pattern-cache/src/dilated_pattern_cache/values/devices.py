@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dilated_pattern_cache.streams import Arrival, refuse_capture, streams_of
-from dilated_pattern_cache.tensors import outside_of_autograd
-from dilated_pattern_cache.values import is_tensor, leaves
+from dilated_pattern_cache.values.leaves import is_tensor, leaves
+from dilated_pattern_cache.values.streams import Arrival, refuse_capture, streams_of
+from dilated_pattern_cache.values.tensors import outside_of_autograd
 
 _CPU = torch.device("cpu")
 

@@ -14,11 +14,11 @@ from itertools import count, repeat
 from operator import length_hint
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-from dilated_pattern_cache.flights import Flight
 from dilated_pattern_cache.policies import Policy
+from dilated_pattern_cache.storage.flights import Flight
 
 if TYPE_CHECKING:
-    from dilated_pattern_cache.streams import Arrival
+    from dilated_pattern_cache.values.streams import Arrival
 
 Reason: TypeAlias = Literal["max_entries", "max_bytes"]
 

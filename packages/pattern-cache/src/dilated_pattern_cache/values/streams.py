@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dilated_pattern_cache.tensors import strided_parts
+from dilated_pattern_cache.values.tensors import strided_parts
 
 
 class Event(Protocol):

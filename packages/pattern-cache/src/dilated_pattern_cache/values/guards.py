@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal, TypeAlias
 
-from dilated_pattern_cache.values import is_ndarray, is_tensor, leaves
+from dilated_pattern_cache.values.leaves import is_ndarray, is_tensor, leaves
 
 Guard: TypeAlias = Literal["version", "contents"]
 GUARDS = ("version", "contents", None)
@@ -27,7 +27,7 @@ def watch(key: Hashable, value: Any, guard: Guard | None) -> Callable[[], bool] 
     if guard is None:
         if not tensors:
             return None
-        from dilated_pattern_cache.tensors import outside_of_modes
+        from dilated_pattern_cache.values.tensors import outside_of_modes
 
         return outside_of_modes
     for leaf in found:
@@ -36,7 +36,7 @@ def watch(key: Hashable, value: Any, guard: Guard | None) -> Callable[[], bool] 
     if guard == "version":
         if not tensors:
             return None
-        from dilated_pattern_cache.tensors import watch_versions
+        from dilated_pattern_cache.values.tensors import watch_versions
 
         return watch_versions(key, tensors)
     return _watch_contents(key, value, tensors, [leaf for leaf in found if not is_tensor(leaf)])
@@ -47,7 +47,7 @@ def _watch_contents(key: Hashable, value: Any, tensors: list[Any], buffers: list
     copies = [(buffer, _content(buffer)) for buffer in buffers]
     tensors_intact: Callable[[], bool] = bool
     if tensors:
-        from dilated_pattern_cache.tensors import watch_contents
+        from dilated_pattern_cache.values.tensors import watch_contents
 
         tensors_intact = watch_contents(key, tensors)
 

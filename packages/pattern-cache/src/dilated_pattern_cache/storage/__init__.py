@@ -1,0 +1,1 @@
+"""Behind a cache: what is stored (``store``, ``shelf``), how it comes about (``making``, ``flights``), forks."""
