@@ -24,6 +24,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from dilated_pattern_cache.checks import duration, limit, policy_named
+from dilated_pattern_cache.errors import PatternMutatedError
 from dilated_pattern_cache.policies import Policy
 from dilated_pattern_cache.statistics import CacheInfo, DeviceInfo, EntryInfo, Eviction, WarmReport
 from dilated_pattern_cache.storage.making import Maker
@@ -143,10 +144,14 @@ class PatternCache(MutableMapping[K, V]):
         entry = self._find(key)
         if entry is None:
             value = cast(V, self._maker.make(key, create, device))
-        elif entry.intact is not None and not self._maker.intact(entry):
-            self._store.masters.bypasses.add()
-            return _step_aside(create, device)
         else:
+            try:
+                if entry.intact is not None and not entry.intact():
+                    self._store.masters.bypasses.add()
+                    return _step_aside(create, device)
+            except PatternMutatedError:
+                self._store.discard(entry)
+                raise
             self._add_hit()
             entry.add_hit()
             entry.used = self._clock()
