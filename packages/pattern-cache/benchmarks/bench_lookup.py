@@ -380,7 +380,7 @@ def time_making(record: Record, arguments: Namespace, rounds: int, seconds: floa
         "operations and kept as compressed rows. FlexAttention's block mask. PyTorch has one thread here: for "
         "operations this small a second one does not help, and where processors are busy it does harm. *Times*: how "
         "many times faster a hit is; the goal is 40 for dilated indices and 1,000 for a layout of 1,024 blocks a "
-        "side; a peer's specification reports 2.0."
+        "side."
         + ("" if device.type == "cpu" else " On a GPU: made and moved there, against `device=` with a copy kept."),
         "indices against the formula at every position, tiles against those that dilated_attention kept, the layout "
         "against a dense mask filled block by block, the block mask against the dense mask; a hit gives the same "
