@@ -12,7 +12,7 @@ import pytest
 from contract import FULL, MAX_BYTES, Cache, CacheContract, weigh
 
 from dilated_pattern_cache import PatternCache
-from dilated_pattern_cache.policies import LRU, GreedyDualSize, Policy
+from dilated_pattern_cache.policies import LRU, EvictionPolicy, GreedyDualSize
 from dilated_pattern_cache.storage.shelf import Entry
 
 
@@ -29,7 +29,7 @@ class FirstInFirstOut:
         pass
 
 
-POLICIES: dict[str, str | Callable[[], Policy]] = {"lru": "lru", "gdsf": "gdsf", "fifo": FirstInFirstOut}
+POLICIES: dict[str, str | Callable[[], EvictionPolicy]] = {"lru": "lru", "gdsf": "gdsf", "fifo": FirstInFirstOut}
 LIMITS: dict[str, tuple[int | None, int | None]] = {
     "entries": (FULL, None),
     "bytes": (None, MAX_BYTES),
@@ -48,7 +48,7 @@ class TestMapping(CacheContract):
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=list(POLICIES))
-def test_a_cache_of_no_entries_keeps_nothing_and_gives_what_is_made(policy: str | Callable[[], Policy]) -> None:
+def test_a_cache_of_no_entries_keeps_nothing_and_gives_what_is_made(policy: str | Callable[[], EvictionPolicy]) -> None:
     cache: PatternCache[str, int] = PatternCache(0, policy=policy)
     assert cache.get_or_create("a", lambda: 1) == 1
     assert cache.setdefault("a", 2) == 2
@@ -59,7 +59,7 @@ def test_a_cache_of_no_entries_keeps_nothing_and_gives_what_is_made(policy: str 
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=list(POLICIES))
-def test_a_cache_of_no_bytes_keeps_what_weighs_nothing(policy: str | Callable[[], Policy]) -> None:
+def test_a_cache_of_no_bytes_keeps_what_weighs_nothing(policy: str | Callable[[], EvictionPolicy]) -> None:
     cache: PatternCache[str, Any] = PatternCache(None, 0, policy=policy)
     cache["a"] = 1
     with pytest.raises(ValueError, match="its 3 bytes are more than the limit of 0"):
@@ -113,13 +113,21 @@ CONSTRUCTOR: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bytes-bool": ({"max_bytes": False}, TypeError, "max_bytes must be a whole number, or None for no limit"),
     "device-bytes-negative": ({"max_device_bytes": -1}, ValueError, "max_device_bytes must not be negative, got -1"),
     "device-bytes-float": ({"max_device_bytes": 0.5}, TypeError, "max_device_bytes must be a whole number, or None"),
-    "policy-unknown": ({"policy": "lfu"}, ValueError, "policy must be 'lru' or 'gdsf', or make a Policy, got 'lfu'"),
+    "policy-unknown": (
+        {"policy": "lfu"},
+        ValueError,
+        "policy must be 'lru' or 'gdsf', or make an EvictionPolicy, got 'lfu'",
+    ),
     "policy-none": (
         {"policy": None},
         TypeError,
-        "policy must be a name or a function that returns a Policy, got None",
+        "policy must be a name or a function that returns an EvictionPolicy, got None",
     ),
-    "policy-object": ({"policy": LRU()}, TypeError, "policy must be a name or a function that returns a Policy"),
+    "policy-object": (
+        {"policy": LRU()},
+        TypeError,
+        "policy must be a name or a function that returns an EvictionPolicy",
+    ),
     "size-of": ({"size_of": NoFunction()}, TypeError, "size_of must be callable, got NoFunction()"),
     "on-evict": ({"on_evict": NoFunction()}, TypeError, "on_evict must be callable, got NoFunction()"),
     "guard": ({"guard": "hash"}, ValueError, "guard must be 'version', 'contents' or None, got 'hash'"),
@@ -228,7 +236,7 @@ def test_a_pickle_brings_the_options_and_no_content(protocol: int) -> None:
 
 
 @pytest.mark.parametrize("policy", [GreedyDualSize, FirstInFirstOut, "lru"], ids=["class", "user-class", "name"])
-def test_a_pickle_brings_any_policy_that_can_be_found_by_name(policy: str | Callable[[], Policy]) -> None:
+def test_a_pickle_brings_any_policy_that_can_be_found_by_name(policy: str | Callable[[], EvictionPolicy]) -> None:
     twin = pickle.loads(pickle.dumps(PatternCache(3, policy=policy)))
     twin.update(a=1, b=2, c=3, d=4)
     assert len(twin) == 3

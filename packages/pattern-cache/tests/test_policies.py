@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dilated_pattern_cache import Eviction, PatternCache
-from dilated_pattern_cache.policies import LRU, GreedyDualSize, Policy
+from dilated_pattern_cache.policies import LRU, EvictionPolicy, GreedyDualSize
 
 KEYS = st.sampled_from("abcdefgh")
 WEIGHTS = st.integers(0, 9)
@@ -217,7 +217,7 @@ def test_gdsf_takes_the_measured_time_of_what_it_made() -> None:
 
 
 @pytest.mark.parametrize("policy", [LRU, GreedyDualSize])
-def test_a_policy_instance_serves_one_cache(policy: type[Policy]) -> None:
+def test_a_policy_instance_serves_one_cache(policy: type[EvictionPolicy]) -> None:
     one: PatternCache[str, int] = PatternCache(2, policy=policy)
     other: PatternCache[str, int] = PatternCache(2, policy=policy)
     assert one._store.masters.policy is not other._store.masters.policy

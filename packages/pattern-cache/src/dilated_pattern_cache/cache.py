@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from dilated_pattern_cache.checks import duration, limit, policy_named
 from dilated_pattern_cache.errors import PatternMutatedError
-from dilated_pattern_cache.policies import Policy
+from dilated_pattern_cache.policies import EvictionPolicy
 from dilated_pattern_cache.statistics import CacheInfo, DeviceInfo, EntryInfo, Eviction, WarmReport
 from dilated_pattern_cache.storage.making import Maker
 from dilated_pattern_cache.storage.store import Store
+from dilated_pattern_cache.values import devices
 from dilated_pattern_cache.values.guards import GUARDS, Guard
 from dilated_pattern_cache.values.leaves import charges_of, measured_by
 from dilated_pattern_cache.values.tracing import compiling
@@ -54,7 +55,7 @@ class PatternCache(MutableMapping[K, V]):
         max_bytes: how much memory these may take; None for any amount.
         max_device_bytes: the same for the copies on each device other than where the values were made.
         policy: what leaves first: "lru", what was not used for the longest time; "gdsf", what is cheap to make, large
-            and seldom used (see ``policies.GreedyDualSize``); or a function that returns a ``policies.Policy``.
+            and seldom used (see ``policies.GreedyDualSize``); or a function that returns a ``policies.EvictionPolicy``.
         size_of: the bytes of a value. By default those of the tensors, arrays and buffers in it, where memory that
             several share counts once, also when they belong to several values.
         guard: how a change of a cached value is noticed when it is next given out: "version", by the version counters
@@ -86,7 +87,7 @@ class PatternCache(MutableMapping[K, V]):
         max_bytes: int | None = None,
         *,
         max_device_bytes: int | None = None,
-        policy: str | Callable[[], Policy] = "lru",
+        policy: str | Callable[[], EvictionPolicy] = "lru",
         size_of: Callable[[V], int] | None = None,
         guard: Guard | None = "version",
         on_evict: Callable[[Eviction], object] | None = None,
@@ -464,6 +465,4 @@ def _step_aside(create: Callable[[], V], device: Device | str | None) -> V:
     value = create()
     if device is None:
         return value
-    from dilated_pattern_cache.values.devices import canonical, moved
-
-    return cast(V, moved(value, canonical(device)))
+    return cast(V, devices.moved(value, devices.canonical(device)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from dilated_pattern_cache.policies import POLICIES, Policy
+from dilated_pattern_cache.policies import POLICIES, EvictionPolicy
 
 
 def limit(name: str, value: int | None) -> int | None:
@@ -19,14 +19,16 @@ def limit(name: str, value: int | None) -> int | None:
     return value
 
 
-def policy_named(policy: str | Callable[[], Policy]) -> Callable[[], Policy]:
+def policy_named(policy: str | Callable[[], EvictionPolicy]) -> Callable[[], EvictionPolicy]:
     """A function that makes the policy."""
     if isinstance(policy, str):
         if policy not in POLICIES:
-            raise ValueError(f"policy must be {' or '.join(map(repr, POLICIES))}, or make a Policy, got {policy!r}")
+            raise ValueError(
+                f"policy must be {' or '.join(map(repr, POLICIES))}, or make an EvictionPolicy, got {policy!r}"
+            )
         return POLICIES[policy]
     if not callable(policy):
-        raise TypeError(f"policy must be a name or a function that returns a Policy, got {policy!r}")
+        raise TypeError(f"policy must be a name or a function that returns an EvictionPolicy, got {policy!r}")
     return policy
 
 

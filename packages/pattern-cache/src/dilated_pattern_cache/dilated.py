@@ -31,7 +31,7 @@ class KindInfo:
 
 
 class DilatedPatternCache(PatternCache[Hashable, Any]):
-    """A ``PatternCache`` whose keys are ``PatternKey``s, or tuples that begin with the kind of what they stand for.
+    """A ``PatternCache`` whose keys are typed, or tuples that begin with the kind of what they stand for.
 
     The latter are what the packages of this family use, such as ("dilated_core.tiles", ...). A key that could never be
     found again is refused: one with a tensor, a function, or anything else that is equal to nothing but itself.

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dilated_pattern_cache.storage.shelf import Entry
 
 
-class Policy(Protocol):
+class EvictionPolicy(Protocol):
     """An order of entries. The entry of the lowest rank leaves first.
 
     Attributes:
@@ -69,4 +69,4 @@ class GreedyDualSize:
         self._inflation[0] = max(self._inflation[0], self.rank(entry))
 
 
-POLICIES: dict[str, Callable[[], Policy]] = {"lru": LRU, "gdsf": GreedyDualSize}
+POLICIES: dict[str, Callable[[], EvictionPolicy]] = {"lru": LRU, "gdsf": GreedyDualSize}

@@ -74,7 +74,7 @@ def save(
     belongs together, and later entries may be missing. Copies on devices are not saved. Until it is written, the
     content takes about twice its size of memory more.
 
-    Keys may be the ``PatternKey``s of this package, and strings, numbers, tuples and other plain data. Values may be
+    Keys may be the typed ones of this package, and strings, numbers, tuples and other plain data. Values may be
 
     - None, bool, int, float, complex, str, bytes, range, slice, tuple, list, dict, set, frozenset, one in another up
       to 64 deep; the very types, not subclasses;
@@ -89,7 +89,7 @@ def save(
         cache: left as it is.
         path: where to; by custom ``*.safetensors``. A file there is replaced.
         keys: which entries; all by default. They are saved in the order they would leave the cache in, in any case.
-        types: classes of values and keys. Of ``PatternKey``s of your own the constructor is called when they are
+        types: classes of values and keys. Of a ``PatternKey`` of your own the constructor is called when it is
             loaded.
         tag: what ``load`` must be given, too: name here the version of the code that made the values, and what else
             they depend on beside their keys.

@@ -12,7 +12,7 @@ from dilated_pattern_cache.errors import PatternMutatedError
 from dilated_pattern_cache.storage.flights import Flight, this_task, this_thread, waiting
 from dilated_pattern_cache.storage.shelf import Entry, Shelf
 from dilated_pattern_cache.storage.store import Store
-from dilated_pattern_cache.values import guards
+from dilated_pattern_cache.values import devices, guards
 from dilated_pattern_cache.values.leaves import is_tensor, leaves
 from dilated_pattern_cache.values.tracing import outside_of_autograd, watched
 
@@ -102,7 +102,7 @@ class Maker:
         if not callable(create):
             raise TypeError(f"create must be callable, got {create!r}")
         if device is not None:
-            _devices().canonical(device)
+            devices.canonical(device)
 
     def _create(self, key: Hashable, create: Callable[[], Any]) -> Entry:
         started = perf_counter()
@@ -131,7 +131,6 @@ class Maker:
 
     def on_device(self, key: Hashable, value: Any, device: Device | str) -> Any:
         """The value on the device: itself where it lies there, else its copy, made once."""
-        devices = _devices()
         place = devices.canonical(device)
         name = str(place)
         master = self._store.find(key)
@@ -154,14 +153,14 @@ class Maker:
 
     def finish(self, device: Device | str) -> None:
         """Wait for all copies that are on their way to the device."""
-        tier = self._store.tier(str(_devices().canonical(device)))
+        tier = self._store.tier(str(devices.canonical(device)))
         for copy in list(tier.entries.values()):
             if copy.arrive is not None:
                 copy.arrive.finish()
 
     def _copy(self, master: Entry, place: Device) -> Entry:
         started = perf_counter()
-        value, arrive = _devices().copied(master.value, place)
+        value, arrive = devices.copied(master.value, place)
         seconds, intact = perf_counter() - started, guards.watch(master.key, value, self._guard)
         entry = Entry(master.key, value, self._charges_of(value), seconds, intact)
         entry.master, entry.device, entry.arrive = master, str(place), arrive
@@ -257,16 +256,3 @@ class Maker:
         if shelf.flights.get(key) is flight:
             self._store.alone(leave)
             self._store.catch_up()
-
-
-def _devices() -> Any:
-    """The module that knows devices.
-
-    Raises:
-        ImportError: PyTorch is not installed.
-    """
-    try:
-        from dilated_pattern_cache.values import devices
-    except ImportError as error:
-        raise ImportError('device= needs PyTorch: pip install "dilated-pattern-cache[torch]"') from error
-    return devices

@@ -14,7 +14,7 @@ from itertools import count, repeat
 from operator import length_hint
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
-from dilated_pattern_cache.policies import Policy
+from dilated_pattern_cache.policies import EvictionPolicy
 from dilated_pattern_cache.storage.flights import Flight
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Shelf:
         hits, misses, waits, bypasses, creations, failures, rejections: see ``CacheInfo``.
     """
 
-    def __init__(self, policy: Policy, max_entries: int | None, max_bytes: int | None) -> None:
+    def __init__(self, policy: EvictionPolicy, max_entries: int | None, max_bytes: int | None) -> None:
         self.policy, self.max_entries, self.max_bytes = policy, max_entries, max_bytes
         self.entries: dict[Hashable, Entry] = {}
         self.flights: dict[Hashable, Flight] = {}

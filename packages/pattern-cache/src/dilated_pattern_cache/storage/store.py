@@ -15,7 +15,7 @@ from contextlib import suppress
 from threading import get_ident
 from typing import TypeVar
 
-from dilated_pattern_cache.policies import Policy
+from dilated_pattern_cache.policies import EvictionPolicy
 from dilated_pattern_cache.statistics import EntryInfo, Eviction
 from dilated_pattern_cache.storage import forks
 from dilated_pattern_cache.storage.flights import forget_other_threads
@@ -39,7 +39,7 @@ class Store:
 
     def __init__(
         self,
-        new_policy: Callable[[], Policy],
+        new_policy: Callable[[], EvictionPolicy],
         max_entries: int | None,
         max_bytes: int | None,
         max_device_bytes: int | None,

@@ -6,19 +6,18 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from dataclasses import fields, is_dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from dilated_pattern_cache.values.leaves import is_tensor, leaves
 from dilated_pattern_cache.values.streams import Arrival, refuse_capture, streams_of
 from dilated_pattern_cache.values.tensors import outside_of_autograd
 
-_CPU = torch.device("cpu")
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-# Not in it: devices without an index, of which the current one is meant.
-_known: dict[object, torch.device] = {"cpu": _CPU, _CPU: _CPU}
+# Not in it: accelerators without an index, of which the current one is meant.
+_known: dict[object, torch.device] = {}
 _UNDERWAY = object()
 
 
@@ -29,6 +28,7 @@ def canonical(device: torch.device | str) -> torch.device:
         TypeError: it is no device and no name.
         ValueError: there is no device of that name, or it is "meta", which has no memory.
         RuntimeError: it is not there.
+        ImportError: PyTorch is not installed.
     """
     try:
         place = _known.get(device)
@@ -47,6 +47,8 @@ def moved(value: Any, device: torch.device) -> Any:
     Raises:
         TypeError: there are tensors in an object that cannot be made anew.
     """
+    import torch
+
     move = _TracedMove if torch.compiler.is_compiling() else _Move
     return move(device, lambda tensor: tensor.to(device))(value)
 
@@ -102,13 +104,13 @@ class _Move:
             if not self._has_tensors_elsewhere(item):
                 return item
             self._done[id(item)] = item, _UNDERWAY
-            result = self._send(item) if isinstance(item, Tensor) else self._rebuilt(item)
+            result = self._send(item) if is_tensor(item) else self._rebuilt(item)
             self._done[id(item)] = item, result
         return result
 
     def _has_tensors_elsewhere(self, item: Any) -> bool:
-        if isinstance(item, Tensor):
-            return item.device != self._device
+        if is_tensor(item):
+            return bool(item.device != self._device)
         return any(is_tensor(leaf) and leaf.device != self._device for leaf in leaves(item))
 
     def _rebuilt(self, item: Any) -> Any:
@@ -138,6 +140,8 @@ class _Move:
 
     def _moved_by_itself(self, item: Any) -> Any:
         """By its method, on a twin: some, such as modules, change themselves. What stays behind does so on purpose."""
+        import torch
+
         if isinstance(item, torch.nn.Module):
             item = copy.deepcopy(item)
         elif not isinstance(item, tuple):
@@ -152,7 +156,7 @@ class _TracedMove(_Move):
     """
 
     def __call__(self, item: Any) -> Any:
-        if isinstance(item, Tensor):
+        if is_tensor(item):
             return self._send(item)
         if item is None or isinstance(item, str | int | float):  # or older tracers give up
             return item
@@ -191,6 +195,11 @@ def _name(item: object) -> str:
 
 
 def _looked_up(device: object) -> torch.device:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError('device= needs PyTorch: pip install "dilated-pattern-cache[torch]"') from error
+
     if not isinstance(device, torch.device | str):
         raise TypeError(f"device must be a torch.device or the name of one, got {device!r}")
     try:
@@ -199,16 +208,17 @@ def _looked_up(device: object) -> torch.device:
         raise ValueError(f"there is no device {device!r}") from error
     if named.type == "meta":
         raise ValueError("there is nothing on the device 'meta': values cannot be copied there")
-    if named.type == "cpu":
-        return _CPU  # PyTorch takes all its indices for one
-    place = torch.device(named.type, _index(named))
-    if place == named:
+    is_cpu = named.type == "cpu"
+    place = torch.device("cpu") if is_cpu else torch.device(named.type, _index(named))
+    if is_cpu or place == named:
         _known[device] = place
     return place
 
 
 def _index(device: torch.device) -> int:
     """The index it has or stands for, of those that there are."""
+    import torch
+
     try:
         backend = torch.get_device_module(device.type)
     except RuntimeError:  # this build knows its name alone

@@ -7,12 +7,13 @@ may work on another stream: that stream waits for the copy, and the allocator is
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dilated_pattern_cache.values.tensors import strided_parts
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class Event(Protocol):
@@ -117,16 +118,22 @@ class CudaStreams:
 
     def current(self) -> torch.cuda.Stream:
         """See ``Streams``."""
+        import torch
+
         return torch.cuda.current_stream(self._device)
 
     def capturing(self) -> bool:
         """See ``Streams``."""
+        import torch
+
         return torch.cuda.is_current_stream_capturing()
 
     def send(self, tensor: Tensor) -> Tensor:
         """See ``Streams``. From the host by way of page-locked memory, which the host's allocator keeps until it was
         read. From another accelerator by PyTorch, which orders the current streams of both.
         """
+        import torch
+
         if tensor.is_cuda:
             for part in strided_parts(tensor):
                 part.record_stream(torch.cuda.current_stream(part.device))
@@ -155,8 +162,10 @@ class CudaStreams:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether its memory can be page-locked: it lies on the host, and is no wrapper and of no special layout."""
+    import torch
+
     return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and tensor.device.type == "cpu"
         and tensor.layout == torch.strided
         and not tensor.is_quantized

@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from dilated_pattern_cache.errors import mutated
 
-# Who watches what is made, or makes it of another kind: dispatch modes such as FakeTensorMode, transforms of
-# torch.func, torch.jit.trace. Private functions alone know.
-_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_transforms: Any = torch._C._functorch.maybe_current_level
-_is_wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor
-_tracing: Any = torch._C._is_tracing
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def watched() -> bool:
-    """Whether tensors made now are not what they seem, and must not meet other callers."""
-    return bool(_modes() or _transforms() or _tracing())
+    """Whether tensors made now are not what they seem, and must not meet other callers.
+
+    They are where somebody watches what is made, or makes it of another kind: dispatch modes such as FakeTensorMode,
+    transforms of torch.func, torch.jit.trace. Private functions alone know.
+    """
+    import torch
+
+    transformed = torch._C._functorch.maybe_current_level() is not None
+    return transformed or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing()
 
 
 def outside_of_autograd() -> AbstractContextManager[object]:
     """Within it tensors are made that everybody can use: with no graph behind them, and no inference tensors."""
+    import torch
+
     stack = ExitStack()
     stack.enter_context(torch.inference_mode(False))
     stack.enter_context(torch.no_grad())
@@ -34,13 +36,18 @@ def outside_of_autograd() -> AbstractContextManager[object]:
 
 def outside_of_modes() -> bool:
     """Whether real tensors may be given out: not within a dispatch mode."""
-    return not _modes()
+    import torch
+
+    return not torch._C._len_torch_dispatch_stack()
 
 
 def unreal(tensors: Sequence[Tensor]) -> bool:
     """Whether there is one without memory: a meta tensor, the fake one of a tracer, that of a transform."""
+    import torch
+
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     return any(
-        tensor.is_meta or type(tensor).__name__ in ("FakeTensor", "FunctionalTensor") or _is_wrapped(tensor)
+        tensor.is_meta or type(tensor).__name__ in ("FakeTensor", "FunctionalTensor") or is_wrapped(tensor)
         for tensor in tensors
     )
 
@@ -67,7 +74,9 @@ def watch_versions(key: Hashable, tensors: Sequence[Tensor]) -> Callable[[], boo
     It returns False within a dispatch mode, where real tensors must not be given out. Autograd's version counters see
     what is done through PyTorch, but for ``tensor.data``; they see nothing of NumPy or kernels in the same memory.
     """
-    modes = _modes
+    import torch
+
+    modes = torch._C._len_torch_dispatch_stack
     if len(tensors) == 1:
         (tensor,) = tensors
         version = tensor._version
@@ -95,10 +104,12 @@ def watch_versions(key: Hashable, tensors: Sequence[Tensor]) -> Callable[[], boo
 
 def watch_contents(key: Hashable, tensors: Sequence[Tensor]) -> Callable[[], bool]:
     """The same by a copy of every tensor, compared bit by bit: slow, and sees everything."""
+    import torch
+
     copies = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
     def intact() -> bool:
-        if _modes():
+        if not outside_of_modes():
             return False
         with torch.no_grad():
             for tensor, copy in copies:
@@ -111,6 +122,8 @@ def watch_contents(key: Hashable, tensors: Sequence[Tensor]) -> Callable[[], boo
 
 def storages(tensor: Tensor) -> Iterator[tuple[Hashable, int]]:
     """(Identity, bytes) of the memory of a tensor of any layout."""
+    import torch
+
     for part in strided_parts(tensor):
         if part.layout != torch.strided:
             yield id(part), part.numel() * part.element_size()
@@ -120,11 +133,15 @@ def storages(tensor: Tensor) -> Iterator[tuple[Hashable, int]]:
 
 
 def _same_bits(tensor: Tensor, copy: Tensor) -> bool:
+    import torch
+
     pairs = zip(strided_parts(tensor), strided_parts(copy), strict=True)
     return all(torch.equal(_bits(one), _bits(other)) for one, other in pairs)
 
 
 def _bits(part: Tensor) -> Tensor:
+    import torch
+
     dense = part if part.layout == torch.strided else part.to_dense()
     plain = dense.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
     return plain.reshape(-1).view(torch.uint8)
@@ -135,6 +152,8 @@ def strided_parts(tensor: Tensor) -> Iterator[Tensor]:
 
     Itself where its layout hides what it consists of, as MKL-DNN's does.
     """
+    import torch
+
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from strided_parts(getattr(tensor, name))
