@@ -62,9 +62,9 @@ class OwnKey(PatternKey):
     def __post_init__(self) -> None:
         if self.size < 0:
             raise ValueError("size must not be negative")
-        self._finish()
+        super().__post_init__()
 
-    def _format(self) -> str:
+    def text(self) -> str:
         return f"own_{self.size}"
 
 

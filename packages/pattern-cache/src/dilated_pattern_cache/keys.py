@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
@@ -19,33 +20,35 @@ Option: TypeAlias = "int | float | bool | str"
 _NAME = re.compile(r"[A-Za-z0-9.+-]+")
 
 
-class PatternKey:
-    """What the keys have in common. A subclass is a frozen dataclass whose fields are hashable.
+class PatternKey(ABC):
+    """What the keys have in common. A subclass is a dataclass, ``frozen=True, eq=False``, that says its ``text``.
 
     Attributes:
         kind: what its values are, for statistics by kind.
     """
 
     kind: ClassVar[str]
+    _text: str
+
+    @abstractmethod
+    def text(self) -> str:
+        """What the fields say, the type of each told apart: the same in every process, and no other key's."""
+
+    def __post_init__(self) -> None:
+        self._set(_text=self.text())
 
     def _set(self, **values: object) -> None:
         for name, value in values.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen
 
-    def _finish(self) -> None:
-        self._set(_text=self._format())
-
-    def _format(self) -> str:
-        raise NotImplementedError
-
     def __str__(self) -> str:
-        return self._text  # type: ignore[attr-defined, no-any-return]
+        return self._text
 
     def __hash__(self) -> int:
-        return hash(self._text)  # type: ignore[attr-defined]  # which the string remembers
+        return hash(self._text)  # which the string remembers
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (type(self) is type(other) and self._text == other._text)  # type: ignore[attr-defined]
+        return self is other or (type(self) is type(other) and self._text == other._text)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
@@ -73,9 +76,10 @@ class DilatedIndexKey(PatternKey):
         self._set(seq_len=_whole("seq_len", self.seq_len, least=0), heads=_whole("heads", self.heads))
         self._set(**_branches(self.segment_lengths, self.dilation_rates))
         _check_name("semantics", self.semantics)
-        self._finish()
+        super().__post_init__()
 
-    def _format(self) -> str:
+    def text(self) -> str:
+        """See ``PatternKey``."""
         branches = _branches_text(self.segment_lengths, self.dilation_rates)
         return f"dilated_s{self.seq_len}_{branches}_h{self.heads}_{self.semantics}"
 
@@ -117,9 +121,10 @@ class BlockLayoutKey(PatternKey):
             is_causal=_truth("is_causal", self.is_causal),
             options=_options(self.options),
         )
-        self._finish()
+        super().__post_init__()
 
-    def _format(self) -> str:
+    def text(self) -> str:
+        """See ``PatternKey``."""
         ratio = "" if self.ratio is None else f"_r{self.ratio!r}"
         rows, columns = self.block_size
         shape = f"b{rows}x{columns}_h{self.heads}_{_causality(self.is_causal)}"
@@ -161,9 +166,10 @@ class BlockMaskKey(PatternKey):
             block_size=_block_size(self.block_size),
             options=_options(self.options),
         )
-        self._finish()
+        super().__post_init__()
 
-    def _format(self) -> str:
+    def text(self) -> str:
+        """See ``PatternKey``."""
         rows, columns = self.block_size
         batch, heads = ("all" if count is None else count for count in (self.batch, self.heads))
         shape = f"b{rows}x{columns}_B{batch}_h{heads}"
@@ -214,9 +220,10 @@ class CommunicationPlanKey(PatternKey):
             if any(first > last for first, last in pairwise(bounds)):
                 raise ValueError(f"bounds must not fall, got {bounds}")
             self._set(bounds=bounds)
-        self._finish()
+        super().__post_init__()
 
-    def _format(self) -> str:
+    def text(self) -> str:
+        """See ``PatternKey``."""
         branches = _branches_text(self.segment_lengths, self.dilation_rates)
         ranks = f"h{self.heads}_w{self.world_size}_{_causality(self.is_causal)}_{self.semantics}"
         bounds = "" if self.bounds is None else "_at" + "-".join(map(str, self.bounds))
