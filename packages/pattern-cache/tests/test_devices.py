@@ -107,7 +107,9 @@ def far(monkeypatch: pytest.MonkeyPatch) -> FarDevice:
     def cloned(value: Any, place: torch.device) -> Any:
         return devices._Move(place, torch.clone)(value)
 
-    monkeypatch.setattr(devices, "canonical", lambda name: PLACES.get(name) or canonical(name))
+    monkeypatch.setattr(
+        devices, "canonical", lambda name: PLACES.get(name) or (name if name in PLACES.values() else canonical(name))
+    )
     monkeypatch.setattr(devices, "streams_of", streams_of)
     monkeypatch.setattr(devices, "moved", cloned)
     return device

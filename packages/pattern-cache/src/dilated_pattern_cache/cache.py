@@ -17,7 +17,7 @@ from collections.abc import (
     MutableMapping,
     ValuesView,
 )
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from functools import partial
 from time import perf_counter
@@ -58,8 +58,9 @@ class PatternCache(MutableMapping[K, V]):
             and seldom used (see ``policies.GreedyDualSize``); or a function that returns a ``policies.EvictionPolicy``.
         size_of: the bytes of a value. By default those of the tensors, arrays and buffers in it, where memory that
             several share counts once, also when they belong to several values.
-        guard: how a change of a cached value is noticed when it is next given out: "version", by the version counters
-            of its tensors, NumPy arrays being made read-only; "contents", by a copy, to find a fault; None, not at all.
+        guard: how a change of a cached value is noticed when it is next looked up or taken out: "version", by the
+            version counters of its tensors, NumPy arrays being made read-only; "contents", by a copy, to find a fault;
+            None, not at all.
         on_evict: called with an ``Eviction`` after a value has left because of a limit, by the thread whose value
             displaced it. What it raises reaches that caller; the new value is stored.
 
@@ -167,9 +168,14 @@ class PatternCache(MutableMapping[K, V]):
         Threads and tasks, of any event loop, wait for one another. A task that is cancelled while it creates leaves
         the work to one of those who wait. What is awaited runs in the gradient mode of the task.
         """
-        if self._find(key) is not None:
-            return self.get_or_create(key, cast(Callable[[], V], create), device=device)
-        value = cast(V, await self._maker.make_async(key, create, device))
+        entry = self._find(key)
+        if entry is not None and self._maker.intact(entry):
+            self._add_hit()
+            entry.add_hit()
+            entry.used = self._clock()
+            value = cast(V, entry.value)
+        else:
+            value = cast(V, await self._maker.make_async(key, create, device))
         return value if device is None else cast(V, self._maker.on_device(key, value, device))
 
     @overload
@@ -209,7 +215,7 @@ class PatternCache(MutableMapping[K, V]):
         Args:
             key: hashable. An entry of this key is replaced, and stays pinned if it was.
             value: shared from now on: not to be changed.
-            seconds: what it took to make, for the "gdsf" policy and the statistics.
+            seconds: what it took to make, for the statistics and for "gdsf", which gives up first what took none.
 
         Raises:
             ValueError: there can be no room for it: it is too large, or all else is pinned. The cache is as before.
@@ -243,6 +249,7 @@ class PatternCache(MutableMapping[K, V]):
         """
         entry = self._store.remove(key)
         if entry is not None:
+            self._maker.intact(entry)
             return entry.value
         if default is _NONE:
             raise KeyError(key)
@@ -257,6 +264,7 @@ class PatternCache(MutableMapping[K, V]):
         entry = self._store.pop_first()
         if entry is None:
             raise KeyError("the cache is empty")
+        self._maker.intact(entry)
         return cast(K, entry.key), entry.value
 
     def clear(self) -> None:
@@ -300,9 +308,17 @@ class PatternCache(MutableMapping[K, V]):
         Raises:
             Exception: the first that a ``create`` raises; what was not begun by then is not made.
         """
-        if not isinstance(workers, int) or workers < 1:
+        if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
             raise ValueError(f"workers must be at least 1, got {workers!r}")
-        pairs = list(patterns.items() if isinstance(patterns, Mapping) else patterns)
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress must be callable, got {progress!r}")
+        pairs = [(key, create) for key, create in (patterns.items() if isinstance(patterns, Mapping) else patterns)]
+        for key, create in pairs:
+            self._check_key(key)
+            if not callable(create):
+                raise TypeError(f"create must be callable, got {create!r} for {key!r}")
+        if device is not None:
+            device = devices.canonical(device)  # the caller's current one: every thread has its own
         created = []  # appending is whole under any number of threads
 
         def make(key: K, create: Callable[[], V]) -> K:
@@ -453,12 +469,11 @@ def _results(
         for pair in pairs:
             yield make(*pair)
         return
-    with ThreadPoolExecutor(workers, thread_name_prefix="warm") as executor:
-        try:
-            for future in as_completed([executor.submit(make, *pair) for pair in pairs]):
-                yield future.result()
-        finally:
-            executor.shutdown(wait=False, cancel_futures=True)
+    executor = ThreadPoolExecutor(workers, thread_name_prefix="warm")
+    try:  # no future has a name here: an exception that one holds would hold this frame
+        yield from map(Future.result, as_completed([executor.submit(make, *pair) for pair in pairs]))
+    finally:
+        executor.shutdown(cancel_futures=True)
 
 
 def _step_aside(create: Callable[[], V], device: Device | str | None) -> V:

@@ -29,6 +29,9 @@ def policy_named(policy: str | Callable[[], EvictionPolicy]) -> Callable[[], Evi
         return POLICIES[policy]
     if not callable(policy):
         raise TypeError(f"policy must be a name or a function that returns an EvictionPolicy, got {policy!r}")
+    made = policy()
+    if isinstance(made, type) or not all(hasattr(made, name) for name in ("clock", "rank", "evicted")):
+        raise TypeError(f"policy must return an EvictionPolicy, and returned {made!r}")
     return policy
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 class CacheInfo:
     """Totals since the cache was made, and its size now.
 
-    Every lookup is a hit, a miss, a wait or a bypass.
+    Every lookup is a hit, a miss, a wait or a bypass, but for one that finds its value changed, which raises.
 
     Attributes:
         hits: found.
@@ -19,8 +19,8 @@ class CacheInfo:
         waits: not found, but being made by another thread or task.
         bypasses: not looked for: inside a dispatch mode of PyTorch, a transform or a trace; by a finaliser or a signal
             handler in the middle of the cache's own work.
-        creations: calls of ``create`` that returned.
-        failures: calls of ``create`` that raised.
+        creations: calls of ``create`` that returned what others may share.
+        failures: calls of ``create`` that raised, or returned what others could not use.
         evictions: values that left because of a limit. Copies on devices count on their own, in ``devices``.
         rejections: values that ``get_or_create`` returned and could not keep: too large, or all else is pinned.
         entries, max_entries: how many there are, and may be.
@@ -48,7 +48,7 @@ class CacheInfo:
 
     @property
     def hit_rate(self) -> float:
-        """Hits among lookups; 0 before the first."""
+        """Hits among the lookups that were no bypasses; 0 before the first."""
         lookups = self.hits + self.misses + self.waits
         return self.hits / lookups if lookups else 0.0
 

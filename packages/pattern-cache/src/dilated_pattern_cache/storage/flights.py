@@ -13,6 +13,7 @@ from collections.abc import Hashable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from weakref import ref
 
 if TYPE_CHECKING:
     from dilated_pattern_cache.storage.shelf import Entry
@@ -52,8 +53,14 @@ class Flight(Future[Landing]):
 
     def land(self, entry: Entry | None) -> None:
         """Give the entry to all who wait, or nothing; unless it has landed."""
-        if self._process == os.getpid() and not self.done():
+        if self._process != os.getpid():
+            return
+        if not self.done():
             self.set_result(entry)
+            return
+        with self._condition:  # a signal handler may have raised between the landing and its announcement
+            self._condition.notify_all()
+        self._invoke_callbacks()  # type: ignore[attr-defined]
 
     def crash(self, error: Exception) -> None:
         """Give the exception to all who wait, unless it has landed."""
@@ -80,7 +87,12 @@ class Flight(Future[Landing]):
                 loop.call_soon_threadsafe(wake)
 
         self.add_done_callback(tell)
-        await landed
+        try:
+            await landed
+        finally:
+            with self._condition, suppress(ValueError):
+                if not self.done():  # this task gave up, and the callbacks are not being called yet
+                    self._done_callbacks.remove(tell)  # type: ignore[attr-defined]
 
 
 _awaited: dict[Worker, Flight] = {}
@@ -122,7 +134,8 @@ def this_task() -> Worker:
     """The caller, a task that lets others run while it waits."""
     from asyncio import current_task
 
-    return Worker(threading.get_ident(), current_task())
+    task = current_task()
+    return Worker(threading.get_ident(), None if task is None else ref(task))  # one for each task
 
 
 def forget_other_threads(flights: dict[Hashable, Flight]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from inspect import isawaitable
+from inspect import isawaitable, iscoroutine
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,8 @@ class Maker:
         try:
             while True:
                 found = self._board(shelf, key, flight)
+                if found is not flight:
+                    self._store.settle()
                 if isinstance(found, Entry):
                     return found.value
                 if found is flight:
@@ -116,6 +118,9 @@ class Maker:
         Raises:
             TypeError: the value has tensors that others could not use; ``size_of`` returns no number.
         """
+        if iscoroutine(value):
+            value.close()
+            raise TypeError(f"the value of {key!r} is a coroutine, which can be awaited once: use aget_or_create()")
         tensors = [leaf for leaf in leaves(value) if is_tensor(leaf)]
         if tensors:
             from dilated_pattern_cache.values.tensors import check, unreal
@@ -178,6 +183,8 @@ class Maker:
         try:
             while True:
                 found = self._board(shelf, key, flight)
+                if found is not flight:
+                    self._store.settle()
                 if isinstance(found, Entry):
                     return found
                 if found is flight:
@@ -245,6 +252,7 @@ class Maker:
             shelf.failures.add()
             self._leave(shelf, key, flight)
             flight.crash(error)
+            self._store.settle()
 
     def _leave(self, shelf: Shelf, key: Hashable, flight: Flight) -> None:
         """From now on who asks for the key begins anew."""
@@ -253,6 +261,6 @@ class Maker:
             if shelf.flights.get(key) is flight:
                 del shelf.flights[key]
 
-        if shelf.flights.get(key) is flight:
+        if shelf.flights.get(key) is flight and not self._store.put_off(leave):  # a coroutine may die in a finaliser
             self._store.alone(leave)
             self._store.catch_up()

@@ -1,8 +1,8 @@
 """What a cache stores, and how that changes: by one thread at a time.
 
-No code of the user's is called with the lock held, but for the ``__eq__`` and ``__hash__`` of keys. A finaliser or a
-signal handler may still run in the middle of a change, in the very thread that is at it, and use the cache: what it
-finds, it gets; what it would change is changed right after.
+No code of the user's is called with the lock held, but for the ``__eq__`` and ``__hash__`` of keys and the methods of
+a policy. A finaliser or a signal handler may still run in the middle of a change, in the very thread that is at it, and
+use the cache: what it finds, it gets; what it would change is changed right after.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from threading import get_ident
 from typing import TypeVar
 
@@ -23,8 +22,22 @@ from dilated_pattern_cache.storage.shelf import Departure, Entry, Shelf
 
 R = TypeVar("R")
 
-# By thread: the caches that it was asked to change in the middle of a change of another, or of the same.
-_changing: dict[int, list[Store]] = {}
+
+class _Here(threading.local):
+    """What is known of the calling thread.
+
+    Attributes:
+        changing: held while it changes a cache. A lock, since ``with`` lets go of one in a single call into C: a mark
+            that Python code takes away would stay for good where a signal handler raises just before.
+        owed: the caches that it was asked to change in the middle of a change of another, or of the same.
+    """
+
+    def __init__(self) -> None:
+        self.changing = threading.RLock()
+        self.owed: list[Store] = []
+
+
+_here = _Here()
 
 
 class Store:
@@ -65,7 +78,7 @@ class Store:
         the lock is its own, or its holder may be waiting for that other's. Or the interpreter ends: the holder may be
         a thread that was stopped for ever.
         """
-        return get_ident() in _changing or sys.is_finalizing()
+        return _here.changing._is_owned() or sys.is_finalizing()  # type: ignore[attr-defined]
 
     def tier(self, device: str) -> Shelf:
         """The shelf of a device."""
@@ -85,14 +98,15 @@ class Store:
         if (reason := self.masters.refuses(entry)) is not None:
             raise ValueError(f"the value of {entry.key!r} cannot be stored: {reason}")
 
-        def put() -> None:
-            if self.masters.refuses(entry) is not None:  # others were pinned meanwhile
-                self.masters.rejections.add()
-                return
-            self._supersede(entry.key)
-            self.let_go(self.masters.insert(entry))
+        def put() -> str | None:
+            reason = self.masters.refuses(entry)  # others may have been pinned meanwhile
+            if reason is None:
+                self._supersede(entry.key)
+                self.let_go(self.masters.insert(entry))
+            return reason
 
-        self._change(put)
+        if (reason := self._change(put)) is not None:
+            raise ValueError(f"the value of {entry.key!r} cannot be stored: {reason}")
 
     def remove(self, key: Hashable) -> Entry | None:
         """Remove an entry and its copies, and keep nothing that is being made of it; None where there was none."""
@@ -105,7 +119,7 @@ class Store:
             return entry
 
         found = self.find(key)
-        return found if self._put_off(remove) else self._change(remove)
+        return found if self.put_off(remove) else self._change(remove)
 
     def discard(self, entry: Entry) -> None:
         """Remove this very entry: a copy alone, or a master with its copies."""
@@ -113,6 +127,7 @@ class Store:
         def discard() -> None:
             shelf = self.masters if entry.master is None else self.tiers[entry.device]
             if shelf.entries.get(entry.key) is entry:
+                self._supersede(entry.key)  # a copy that is being made may be one of the changed value
                 shelf.remove(entry.key)
                 self.let_go([Departure(entry, None)])
 
@@ -171,50 +186,59 @@ class Store:
 
     def _change(self, operation: Callable[[], R]) -> R | None:
         """Run an operation on what is stored, alone; None where it is put off."""
-        if self._put_off(operation):
+        if self.put_off(operation):
             return None
         result = self.alone(operation)
         self.settle()
         return result
 
-    def _put_off(self, operation: Callable[[], object]) -> bool:
+    def put_off(self, operation: Callable[[], object]) -> bool:
         """Where the caller must not wait: leave the operation to be done right after what it interrupts."""
         if self.interrupted:
             self._deferred.append(operation)
-            _changing.get(get_ident(), []).append(self)
+            _here.owed.append(self)
             return True
         return False
 
     def alone(self, operation: Callable[[], R]) -> R:
         """Run an operation with the lock held. ``settle`` must follow."""
-        owed: list[Store] = []
-        _changing[get_ident()] = owed
+        owed = _here.owed
         try:
-            with self.lock:
-                if not self._whole:  # an exception cut the last change short
-                    for shelf in (self.masters, *self.tiers.values()):
-                        shelf.rebuild()
+            with _here.changing, self.lock:
+                if not self._whole:
+                    self._repair()
                 self._whole = False
                 result = operation()
                 self._whole = True
         finally:
-            _changing.pop(get_ident(), None)
-            self._owed.extend(owed)
+            while owed:
+                self._owed.append(owed.pop())
         return result
 
+    def _repair(self) -> None:
+        """An exception cut the last change short."""
+        self.masters.rebuild()
+        for tier in self.tiers.copy().values():
+            for key, copy in list(tier.entries.items()):
+                if self.masters.entries.get(key) is not copy.master:
+                    del tier.entries[key]
+            tier.rebuild()
+
     def catch_up(self) -> None:
-        """Without the lock: what was put off."""
-        while self._deferred:
-            with suppress(IndexError):  # another thread may be at it, too
-                self.alone(self._deferred.popleft())
+        """Without the lock: what was put off, here and in other caches."""
+        for store in (self, *self._owed.copy()):
+            for operation in _taken(store._deferred):
+                store.alone(operation)
 
     def settle(self) -> None:
         """Without the lock: what was put off, then what must be told. Values that left die here."""
         self.catch_up()
-        while self._owed:
-            with suppress(IndexError):
-                self._owed.popleft().settle()
         failed = None
+        for store in _taken(self._owed):
+            try:
+                store.settle()
+            except Exception as error:
+                failed = failed or error
         left = self._left.pop(get_ident(), deque())
         while left:
             entry, reason = left.popleft()
@@ -237,7 +261,7 @@ class Store:
             left.append(departure)
             if entry.master is None:
                 self.retired_seconds_saved += entry.tally.value * entry.seconds
-                copies = [tier.remove(entry.key) for tier in self.tiers.values()]
+                copies = [tier.remove(entry.key) for tier in self.tiers.copy().values()]  # others may add one
                 left.extend(Departure(copy, None) for copy in copies if copy is not None)
 
     def _supersede(self, key: Hashable) -> None:
@@ -250,8 +274,18 @@ class Store:
 
     def forked(self) -> None:
         """In the child of a fork, with the lock held: forget what other threads were at."""
-        for thread in list(_changing):
+        for thread in list(self._left):
             if thread != get_ident():
-                del _changing[thread]
+                del self._left[thread]
         for shelf in (self.masters, *self.tiers.values()):
             forget_other_threads(shelf.flights)
+
+
+def _taken(queue: deque[R]) -> Iterator[R]:
+    """What is in the queue, taken out one by one. Another thread may be at it, too."""
+    while True:
+        try:
+            item = queue.popleft()
+        except IndexError:
+            return
+        yield item

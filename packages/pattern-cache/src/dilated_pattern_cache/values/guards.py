@@ -72,5 +72,17 @@ def _outline(value: Any, seen: tuple[int, ...] = ()) -> Any:
         pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
         return type(value), tuple((name, _outline(item, within)) for name, item in pairs)
     if isinstance(value, str | int | float | complex | bytes | frozenset | None):
-        return value
-    return id(value)
+        return type(value), value
+    return _Same(value)
+
+
+class _Same:
+    """Equal to one of the same object, which lives on: no other has its identity meanwhile."""
+
+    def __init__(self, item: Any) -> None:
+        self.item = item
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.item is other.item
+
+    __hash__ = None  # type: ignore[assignment]
