@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 
 from dilated_core.kernels import Dropout, Kernel, Needs, Problem, choose, rows_for_backward, tile_backward
-from dilated_core.partial import accumulation_dtype, merge_in_place, with_zero_keys
+from dilated_core.partial import accumulation_dtype
 from dilated_core.plan import Tile, make_tiles
 from dilated_core.resources import NO_RESOURCES, Resources
+from dilated_core.tiles import add_tile, attend_tile, make_problem, merge_tile
 
 # Elements gathered of each tensor at a time. On a CPU 4 MiB of float32: long calls that still lie in the shared cache.
 # On a GPU, calls large enough to fill the card.
@@ -120,15 +121,16 @@ class Span(NamedTuple):
         if self.real is not None:
             mask = _at(self.real, batch)
             real = self.gather(tile, mask.unsqueeze(-1).expand(*mask.shape, qkv[1].shape[2]))
-            if real.device.type == "cpu":  # elsewhere a look at the values would wait for the device
-                if real.all():
-                    real = None
-                elif not real.any() and not tile.phantoms:
-                    return None
-        if real is not None:
-            padding = ~real.unsqueeze(-1)
-            k, v = k.masked_fill(padding, 0.0), v.masked_fill(padding, 0.0)
-        return Problem(q, k, v, options.is_causal, options.scale, real, dropout)
+        return make_problem(
+            q,
+            k,
+            v,
+            real,
+            is_causal=options.is_causal,
+            scale=options.scale,
+            dropout=dropout,
+            phantoms=tile.phantoms,
+        )
 
 
 def _gather_elements(tensor: Tensor) -> int:
@@ -218,12 +220,6 @@ def _spans(query: Tensor, extras: Extras, options: Options, resources: Resources
         yield slice(start, stop), Span(options, resources, heads, part, seed).apart(start * heads)
 
 
-def _attend(engine: Kernel, problem: Problem, phantoms: int) -> tuple[Tensor, Tensor]:
-    """out and lse of one tile, its zero keys included."""
-    out, lse = engine.forward(problem)
-    return with_zero_keys(out, lse, phantoms) if phantoms else (out, lse)
-
-
 # ------------------------------------------------------------------------------------------------ forward
 
 
@@ -265,14 +261,23 @@ def forward(
 
 def _forward_block(engine: Kernel, span: Span, block: HeadBlock, qkv: list[Tensor]) -> tuple[Tensor, Tensor]:
     """out and lse of the block's heads, (batch, seq, heads, ...), in the accumulation dtype."""
-    query, span = qkv[0], span.apart(block.queries.start)
+    tiles = span.tiles(qkv[0].shape[1], block.chosen())
+    return forward_tiles(engine, span.apart(block.queries.start), tiles, qkv)
+
+
+def forward_tiles(engine: Kernel, span: Span, tiles: list[Tile], qkv: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """out and lse of a plan's tiles, (batch, seq, heads, ...), in the accumulation dtype; 0 and -inf where none lies.
+
+    Args:
+        tiles: rate 1 first; qkv: (batch, seq, heads, head_dim), of as many heads, last stride 1.
+    """
+    query = qkv[0]
     dtype = accumulation_dtype(query.dtype)
 
     def attend(tile: Tile, batch: slice, number: int) -> tuple[Tensor, Tensor] | None:
         problem = span.problem(tile, batch, qkv, number)
-        return None if problem is None else _attend(engine, problem, tile.phantoms)
+        return None if problem is None else attend_tile(engine, problem, tile.phantoms)
 
-    tiles = span.tiles(query.shape[1], block.chosen())
     if _starts_whole(tiles, span, query):
         whole, *tiles = tiles
         out, lse = (_ungather(whole, rows).to(dtype) for rows in attend(whole, ALL, 0) or ())
@@ -282,9 +287,8 @@ def _forward_block(engine: Kernel, span: Span, block: HeadBlock, qkv: list[Tenso
     for number, (tile, batch) in enumerate(span.parts(tiles, query), 1):
         partial = attend(tile, batch, number)
         if partial is not None:
-            sums = _place(tile, _at(out, batch)), _place(tile, _at(lse, batch))
-            new = (rows.reshape(total.shape) for rows, total in zip(partial, sums, strict=True))
-            merge_in_place(*sums, *new, all_have_keys=span.real is None)
+            place = _place(tile, _at(out, batch)), _place(tile, _at(lse, batch))
+            merge_tile(partial, *place, all_have_keys=span.real is None)
     return out, lse
 
 
@@ -344,14 +348,23 @@ def _write(results: Iterable[Tensor], positions: slice, heads: slice, sums: Iter
 def _backward_block(
     span: Span, block: HeadBlock, by_query: list[Tensor], by_key: list[Tensor], kv_sums: list[Tensor]
 ) -> list[Tensor]:
-    """Gradients of the block's query, key and value heads, (batch, seq, heads, head_dim), in the accumulation dtype.
+    """Gradients of the block's query, key and value heads, (batch, seq, heads, head_dim), in the accumulation dtype."""
+    tiles = span.tiles(by_query[0].shape[1], block.chosen())
+    return backward_tiles(span.apart(block.queries.start), tiles, by_query, by_key, kv_sums)
+
+
+def backward_tiles(
+    span: Span, tiles: list[Tile], by_query: list[Tensor], by_key: list[Tensor], kv_sums: list[Tensor]
+) -> list[Tensor]:
+    """Gradients of query, key and value by a plan's tiles, (batch, seq, heads, head_dim), in the accumulation dtype.
 
     Args:
+        tiles: those of the forward.
         by_query: query, grad_out, out, lse and, where there is one, grad_lse; (batch, seq, heads, ...).
         by_key: key and value.
         kv_sums: those of key and value so far, added to and returned; empty for none.
     """
-    query, span = by_query[0], span.apart(block.queries.start)
+    query = by_query[0]
     dtype = accumulation_dtype(query.dtype)
 
     def gradients(tile: Tile, batch: slice, number: int) -> tuple[Tensor, ...] | None:
@@ -363,10 +376,9 @@ def _backward_block(
         if span.options.semantics == "torchscale":
             # The weights of the mixture take no gradient: the branch's own out, with its weights in the joint softmax.
             engine = choose(span.options.kernel, query.device, query.dtype, query.shape[-1], Needs.of(problem))
-            out = _attend(engine, problem, tile.phantoms)[0].to(out.dtype)
+            out = attend_tile(engine, problem, tile.phantoms)[0].to(out.dtype)
         return tile_backward(span.options.kernel, problem, grad_out, rest[0] if rest else None, out, lse)
 
-    tiles = span.tiles(query.shape[1], block.chosen())
     shapes = [query.shape, *(tensor.shape for tensor in by_key)]
     if _starts_whole(tiles, span, query):
         whole, *tiles = tiles
@@ -377,7 +389,7 @@ def _backward_block(
         missing = shapes[: len(shapes) - len(kv_sums)]
         sums = [span.resources.empty(shape, dtype=dtype, device=query.device).zero_() for shape in missing] + kv_sums
     for number, (tile, batch) in enumerate(span.parts(tiles, query), 1):
-        for total, rows in zip(sums, gradients(tile, batch, number) or (), strict=False):
-            place = _place(tile, _at(total, batch))
-            place.add_(rows.reshape(place.shape))
+        grads = gradients(tile, batch, number)
+        if grads is not None:
+            add_tile(grads, (_place(tile, _at(total, batch)) for total in sums))
     return sums

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
@@ -130,7 +131,7 @@ class Run(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _runs(semantics: str, branch: int, branches: int, rate: int, heads: int, chosen: range) -> tuple[Run, ...]:
+def branch_runs(semantics: str, branch: int, branches: int, rate: int, heads: int, chosen: range) -> tuple[Run, ...]:
     """The chosen heads of a branch, numbered from 0 in the order chosen, as the fewest runs."""
     phase_of = head_phases(semantics, branch, branches, rate, heads)
     members: dict[int, list[int]] = {}
@@ -161,6 +162,72 @@ def _segments(segment_length: int, seq_len: int) -> Iterator[tuple[int, int, int
         yield count * segment_length, 1, tail
 
 
+class Cut(NamedTuple):
+    """A tile that holds some rows of each of its segments, as where a shard ends inside a segment.
+
+    Attributes:
+        tile: the rows.
+        row: number of the tile's first row among the rows that its heads have in the whole segment.
+        of: how many those are.
+        run: the run that the tile's heads come from, and phase: which of its phases is the tile's first.
+    """
+
+    tile: Tile
+    row: int
+    of: int
+    run: int
+    phase: int
+
+
+def cut_segments(
+    runs: Sequence[Run],
+    rate: int,
+    *,
+    start: int,
+    segments: int,
+    segment_length: int,
+    length: int,
+    first: int,
+    stop: int,
+    full_rows: int = 0,
+) -> Iterator[Cut]:
+    """The rows that equal segments have between two positions, as few tiles.
+
+    Args:
+        runs: the branch's heads, see ``branch_runs``.
+        rate: the branch's dilation rate.
+        start: where position ``first`` of the first segment lies in the tensors.
+        segments: how many segments, ``segment_length`` positions apart, each of ``length`` positions.
+        first, stop: the positions within each segment, 0 <= first <= stop <= length.
+        full_rows: the rows that zero keys fill each segment up to, 0 for none.
+    """
+    # Phases below an edge have a row more before it than the others.
+    edges = sorted({0, first % rate, stop % rate, length % rate, rate})
+    for first_phase, last_phase in pairwise(edges):
+        row, end, of = (-(-(position - first_phase) // rate) for position in (first, stop, length))
+        if row >= end:
+            continue
+        for number, run in enumerate(runs):
+            low = max(first_phase, run.first_phase)
+            high = min(last_phase, run.first_phase + run.phases)
+            if low < high:
+                phase = low - run.first_phase
+                tile = Tile(
+                    start=start + row * rate + low - first,
+                    segments=segments,
+                    segment_length=segment_length,
+                    rate=rate,
+                    rows=end - row,
+                    first_head=run.first_head + phase * run.phase_step,
+                    groups=run.groups,
+                    group_step=run.group_step,
+                    phases=high - low,
+                    phase_step=run.phase_step,
+                    phantoms=max(0, full_rows - of),
+                )
+                yield Cut(tile, row, of, number, phase)
+
+
 def make_tiles(
     segment_lengths: Sequence[int],
     dilation_rates: Sequence[int],
@@ -188,40 +255,32 @@ def make_tiles(
      'group_step': 0, 'phases': 2, 'phase_step': 1, 'phantoms': 0}
     """
     chosen = range(heads) if chosen is None else chosen
-    padded = semantics == "torchscale"
     tiles = []
     for branch, (segment_length, rate) in enumerate(zip(segment_lengths, dilation_rates, strict=True)):
         segment_length = min(segment_length, max(seq_len, 1))
-        if padded:
+        if semantics == "torchscale":
             check_torchscale(branch, segment_length, rate, seq_len)
-        full_rows = -(-segment_length // rate) if padded and not is_causal else 0
-        runs = _runs(semantics, branch, len(dilation_rates), rate, heads, chosen)
+        full_rows = padded_rows(semantics, segment_length, rate, is_causal=is_causal)
+        runs = branch_runs(semantics, branch, len(dilation_rates), rate, heads, chosen)
         for start, segments, length in _segments(segment_length, seq_len):
-            # Phases below `length % rate` own one row more than the others.
-            short, longer = divmod(length, rate)
-            for first_phase, last_phase, rows in ((0, longer, short + 1), (longer, rate, short)):
-                if rows == 0:
-                    continue
-                for run in runs:
-                    low = max(first_phase, run.first_phase)
-                    high = min(last_phase, run.first_phase + run.phases)
-                    if low < high:
-                        tiles.append(
-                            Tile(
-                                start=start + low,
-                                segments=segments,
-                                segment_length=segment_length,
-                                rate=rate,
-                                rows=rows,
-                                first_head=run.first_head + (low - run.first_phase) * run.phase_step,
-                                groups=run.groups,
-                                group_step=run.group_step,
-                                phases=high - low,
-                                phase_step=run.phase_step,
-                                phantoms=max(0, full_rows - rows),
-                            )
-                        )
+            cuts = cut_segments(
+                runs,
+                rate,
+                start=start,
+                segments=segments,
+                segment_length=segment_length,
+                length=length,
+                first=0,
+                stop=length,
+                full_rows=full_rows,
+            )
+            tiles += [cut.tile for cut in cuts]
     return sorted(tiles, key=lambda tile: tile.rate)
+
+
+def padded_rows(semantics: str, segment_length: int, rate: int, *, is_causal: bool) -> int:
+    """The rows that torchscale's zero keys fill each segment up to; 0 where none are seen."""
+    return -(-segment_length // rate) if semantics == "torchscale" and not is_causal else 0
 
 
 def check_torchscale(branch: int, segment_length: int, rate: int, seq_len: int) -> None:
