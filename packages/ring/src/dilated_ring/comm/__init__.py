@@ -1,0 +1,20 @@
+"""Between ranks: one kind of transfer, three transports of it, and the agreement that comes before the first."""
+
+from dilated_ring.comm.agreement import agree
+from dilated_ring.comm.process_group import ProcessGroupComm, comm_of
+from dilated_ring.comm.protocol import Comm, Purpose, Transfer
+from dilated_ring.comm.recording import Record, RecordingComm
+from dilated_ring.comm.virtual import VirtualComm, run_ranks
+
+__all__ = [
+    "Comm",
+    "ProcessGroupComm",
+    "Purpose",
+    "Record",
+    "RecordingComm",
+    "Transfer",
+    "VirtualComm",
+    "agree",
+    "comm_of",
+    "run_ranks",
+]

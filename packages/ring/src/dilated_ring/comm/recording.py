@@ -1,0 +1,71 @@
+"""A transport that notes what passes: for tests, and for anyone who wants to see their own traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dilated_ring.comm.protocol import Comm, Purpose, Transfer
+
+
+class Record(NamedTuple):
+    """One exchange as one rank saw it.
+
+    Attributes:
+        purpose: what it carried.
+        received, sent: bytes from and to each rank; what a rank keeps for itself is in neither.
+    """
+
+    purpose: Purpose
+    received: tuple[int, ...]
+    sent: tuple[int, ...]
+
+
+class RecordingComm:
+    """Passes everything on to another Comm and keeps a Record of it in ``records``."""
+
+    def __init__(self, comm: Comm) -> None:
+        self.comm = comm
+        self.records: list[Record] = []
+
+    @property
+    def rank(self) -> int:
+        """See Comm."""
+        return self.comm.rank
+
+    @property
+    def size(self) -> int:
+        """See Comm."""
+        return self.comm.size
+
+    @property
+    def device(self) -> torch.device:
+        """See Comm."""
+        return self.comm.device
+
+    def exchange(
+        self,
+        received: Tensor,
+        sent: Tensor,
+        received_counts: Sequence[int],
+        sent_counts: Sequence[int],
+        purpose: Purpose,
+    ) -> Transfer:
+        """Note the exchange and start it, see Comm."""
+        transfer = self.comm.exchange(received, sent, received_counts, sent_counts, purpose)
+        self.records.append(Record(purpose, self._bytes(received_counts, received), self._bytes(sent_counts, sent)))
+        return transfer
+
+    def received_bytes(self, phase: str | None = None, branch: int | None = None) -> int:
+        """Bytes received from other ranks so far, of one phase or branch where asked."""
+        return sum(
+            sum(record.received)
+            for record in self.records
+            if phase in (None, record.purpose.phase) and branch in (None, record.purpose.branch)
+        )
+
+    def _bytes(self, counts: Sequence[int], tensor: Tensor) -> tuple[int, ...]:
+        return tuple(0 if rank == self.rank else count * tensor.itemsize for rank, count in enumerate(counts))

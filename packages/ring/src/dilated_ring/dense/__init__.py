@@ -1,0 +1,1 @@
+"""Dense attention over shards: every key passes every rank."""

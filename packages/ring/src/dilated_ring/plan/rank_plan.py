@@ -1,0 +1,107 @@
+"""What one rank does: the segments of its own, and of every branch that crosses, the strips it sends and gets."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from dilated_core.plan import Tile
+from dilated_ring.plan.crossing import Branch, Crossing, Strip
+
+
+class Bundle(NamedTuple):
+    """What goes from the owner of rows to who attends them, and what comes back.
+
+    Attributes:
+        peer: the other rank; the rank itself where nothing travels.
+        share: the key heads that are attended.
+        strips: of each block of heads, the owner's rows.
+        key_blocks: of each block, the block that its keys are sent with.
+    """
+
+    peer: int
+    share: range
+    strips: tuple[tuple[Strip, ...], ...]
+    key_blocks: tuple[int, ...]
+
+    def blocks(self, of_keys: bool) -> list[int]:
+        """The blocks whose rows are sent: of queries all, of keys each once."""
+        return [block for block, keys in enumerate(self.key_blocks) if not of_keys or block == keys]
+
+
+class Segment(NamedTuple):
+    """A crossing segment, as one of its ranks sees it.
+
+    Attributes:
+        crossing: the segment.
+        lent: the rank's own rows, one bundle for each rank that attends them.
+        gathered: the rows that the rank attends, one bundle for each owner.
+        rows, lanes: of what is gathered; lanes of each block.
+        share, key_blocks: as in the bundles of what it gathers.
+        own: the rank's own rows, of each block.
+        whole: the whole segment, of each block.
+    """
+
+    crossing: Crossing
+    lent: tuple[Bundle, ...]
+    gathered: tuple[Bundle, ...]
+    rows: int
+    lanes: tuple[int, ...]
+    share: range
+    key_blocks: tuple[int, ...]
+    own: tuple[tuple[Strip, ...], ...]
+    whole: tuple[tuple[Strip, ...], ...]
+
+
+class Route(NamedTuple):
+    """A branch that crosses: at one rank, the segments that it shares; none, one, or one at each end of its shard."""
+
+    branch: Branch
+    by_heads: bool
+    segments: tuple[Segment, ...]
+
+
+class RankPlan(NamedTuple):
+    """What one rank does.
+
+    Attributes:
+        rank, world_size: which, of how many.
+        inner: of each block of heads, the tiles that lie in its shard altogether, rate 1 first.
+        routes: of each branch that crosses anywhere; all ranks have the same branches here.
+    """
+
+    rank: int
+    world_size: int
+    inner: tuple[tuple[Tile, ...], ...]
+    routes: tuple[Route, ...]
+
+
+def make_route(branch: Branch, crossings: list[Crossing], rank: int, by_heads: bool) -> Route:
+    """One branch at one rank; ``crossings`` are those that it shares."""
+    return Route(branch, by_heads, tuple(_segment(crossing, rank) for crossing in crossings))
+
+
+def _segment(crossing: Crossing, rank: int) -> Segment:
+    branch = crossing.branch
+    blocks = range(branch.blocks)
+
+    def bundle(owner: int, attending: int) -> Bundle:
+        share = crossing.share(attending)
+        return Bundle(
+            attending if owner == rank else owner,
+            share,
+            tuple(crossing.strips(owner, block, share) for block in blocks),
+            tuple(branch.key_block(block, share) for block in blocks),
+        )
+
+    share = crossing.share(rank)
+    return Segment(
+        crossing,
+        lent=tuple(bundle(rank, peer) for peer in crossing.ranks if crossing.sends(rank, peer)),
+        gathered=tuple(bundle(peer, rank) for peer in crossing.ranks if crossing.sends(peer, rank)),
+        rows=crossing.gathered_rows(rank),
+        lanes=tuple(crossing.gathered_lanes(block, share) for block in blocks),
+        share=share,
+        key_blocks=tuple(branch.key_block(block, share) for block in blocks),
+        own=tuple(crossing.strips(rank, block, share) for block in blocks),
+        whole=tuple(crossing.whole(block, share) for block in blocks) if crossing.by_heads else (),
+    )

@@ -1,0 +1,1 @@
+"""Dense attention on one device over keys and values that lie in host memory or in a file."""
