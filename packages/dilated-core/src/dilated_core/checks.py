@@ -198,6 +198,18 @@ def query_key_value(
     return query, key, value
 
 
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under autocast, float32 and half precision inputs in autocast's dtype, as SDPA does; else as they came."""
+    device = next((tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)), None)
+    if device in (None, "meta") or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+        for tensor in tensors
+    )
+
+
 def key_padding_mask(mask: object, key: Tensor) -> Tensor | None:
     """Return the mask if it is None or fits ``key``, (batch, kv_seq, ...).
 

@@ -168,7 +168,7 @@ def dilated_attention(
         raise TypeError(f"return_aux: expected an AuxRequest or None, got {type(return_aux).__name__}")
     lengths, rates = checks.branches(segment_lengths, dilation_rates)
     resources = checks.resources(allocator, patterns)
-    query, key, value = _autocast(query, key, value)
+    query, key, value = checks.autocast(query, key, value)
     query, key, value = checks.query_key_value(query, key, value, same_length=True, enable_gqa=enable_gqa)
     real = checks.key_padding_mask(key_padding_mask, key)
     cu_seqlens = checks.cu_seqlens(cu_seqlens, query)
@@ -184,15 +184,3 @@ def dilated_attention(
     if return_aux is None:
         return out
     return out, AuxOutput(lse=lse if return_aux.lse else None)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast, float32 and half precision inputs in autocast's dtype, as SDPA does; else as they came."""
-    device = next((tensor.device.type for tensor in tensors if isinstance(tensor, Tensor)), None)
-    if device in (None, "meta") or not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(
-        tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-        for tensor in tensors
-    )

@@ -1,7 +1,20 @@
 """The plan of a sequence that lies over many ranks: a pure function of sizes, without tensors and without a network."""
 
 from dilated_ring.plan.crossing import Crossing, Part, Strip
+from dilated_ring.plan.rank_plan import Bundle, RankPlan, Route, Segment
 from dilated_ring.plan.ring_plan import RingPlan, make_plan
-from dilated_ring.plan.sharding import even_bounds
+from dilated_ring.plan.sharding import check_bounds, even_bounds
 
-__all__ = ["Crossing", "Part", "RingPlan", "Strip", "even_bounds", "make_plan"]
+__all__ = [
+    "Bundle",
+    "Crossing",
+    "Part",
+    "RankPlan",
+    "RingPlan",
+    "Route",
+    "Segment",
+    "Strip",
+    "check_bounds",
+    "even_bounds",
+    "make_plan",
+]

@@ -1,7 +1,7 @@
-"""A segment that crosses from one shard into another: who holds which of its rows, and who attends which of its heads.
-
 """A segment that crosses from one shard into another: who holds which of its rows, who attends which of its heads.
-holds some rows of each head; as strided views of its tensors these are a few *strips*. Strips of all parts, put
+
+Row i of a head in a segment is position ``start + phase + i * rate``. A rank's *part* of the segment, cut at its
+bounds, holds some rows of each head; as strided views of its tensors these are a few *strips*. Strips of all parts, put
 together, are the *gathered* segment: (batch, rows, lanes, ...), where a lane is a head.
 
 Query heads that share a key head are told apart by their number within the group, their *block*: block f has query

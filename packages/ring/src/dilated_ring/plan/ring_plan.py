@@ -12,7 +12,7 @@ from dilated_core.plan import Tile, check_torchscale, cut_segments
 from dilated_ring.plan.cost import busiest_rows
 from dilated_ring.plan.crossing import Branch, Crossing, Part
 from dilated_ring.plan.rank_plan import RankPlan, make_route
-from dilated_ring.plan.sharding import even_bounds
+from dilated_ring.plan.sharding import check_bounds, even_bounds
 
 EXCHANGES = ("auto", "gather", "heads")
 
@@ -172,12 +172,7 @@ def _bounds(sequence: int | Sequence[int], world_size: int | None) -> tuple[int,
         if world_size is None:
             raise ValueError("world_size: expected a number of ranks beside a length, got None")
         return even_bounds(checks.length("sequence", sequence), world_size)
-    bounds = tuple(checks.length(f"bounds[{index}]", bound) for index, bound in enumerate(sequence))
-    if len(bounds) < 2 or bounds[0] != 0 or any(low > high for low, high in pairwise(bounds)):
-        raise ValueError(f"bounds: expected positions that rise from 0 to the length, got {list(bounds)}")
-    if world_size is not None and len(bounds) != world_size + 1:
-        raise ValueError(f"bounds: expected world_size + 1 = {world_size + 1} positions, got {len(bounds)}")
-    return bounds
+    return check_bounds(sequence, world_size)
 
 
 def find_crossings(bounds: tuple[int, ...], branch: Branch, *, by_heads: bool) -> list[Crossing]:

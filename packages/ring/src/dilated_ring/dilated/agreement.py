@@ -1,0 +1,91 @@
+"""What the ranks of one call agree on before rows travel: the lengths of their shards, then the plan that follows."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dilated_core.fused import Options
+from dilated_core.resources import PatternStore
+from dilated_ring.comm import Comm, agree
+from dilated_ring.plan import RankPlan, make_plan
+
+
+class Call(NamedTuple):
+    """What all ranks must ask for alike, beside their tensors.
+
+    Attributes:
+        options: what is computed; ranks may differ in its kernel only.
+        bounds: of the shards; None to ask the ranks for their lengths.
+        exchange: "auto", "gather" or "heads".
+        verify: whether ranks compare their calls where the bounds are given.
+        masked: whether they have key padding masks.
+        keep: whether gathered rows are kept for the backward; under torch.compile they never are.
+        differentiable: whether a backward may follow.
+    """
+
+    options: Options
+    bounds: tuple[int, ...] | None
+    exchange: str
+    verify: bool
+    masked: bool
+    keep: bool = False
+    differentiable: bool | None = None
+
+    @property
+    def listens(self) -> bool:
+        """Whether the ranks talk before rows travel."""
+        return self.verify or self.bounds is None
+
+
+def settle(
+    comm: Comm, call: Call, query: Tensor, key: Tensor, phase: str, patterns: PatternStore | None = None
+) -> RankPlan:
+    """Agree with the other ranks, and find what this one is to do.
+
+    Raises:
+        DisagreementError: on every rank, where they were called differently.
+    """
+    options = call.options
+    bounds = call.bounds
+    if call.listens:
+        batch, length, heads, head_dim = query.shape
+        fields = {
+            "function": "dilated_ring_attention",
+            "phase": phase,
+            "batch": batch,
+            "heads": heads,
+            "kv_heads": key.shape[2],
+            "head_dim": head_dim,
+            "dtype": query.dtype,
+            "device": query.device.type,
+            **options._replace(kernel="")._asdict(),
+            "bounds": bounds,
+            "exchange": call.exchange,
+            "key_padding_mask": "given" if call.masked else None,
+            "gradients": call.differentiable,
+        }
+        lengths = agree(comm, fields, length)
+        bounds = bounds or (0, *accumulate(lengths))
+    assert bounds is not None
+
+    def create() -> RankPlan:
+        plan = make_plan(
+            bounds,
+            options.segment_lengths,
+            options.dilation_rates,
+            query.shape[2],
+            kv_heads=key.shape[2],
+            is_causal=options.is_causal,
+            semantics=options.semantics,
+            exchange=call.exchange,
+        )
+        return plan.for_rank(comm.rank)
+
+    if patterns is None:
+        return create()
+    what = *options[:4], bounds, query.shape[2], key.shape[2], call.exchange, comm.rank
+    plan: RankPlan = patterns.get_or_create(("dilated_ring.rank_plan", *what), create)
+    return plan

@@ -1,0 +1,211 @@
+"""How PyTorch calls an engine: a plain autograd function where it runs, a custom operator where it traces.
+
+Both agree with the other ranks first, then plan, then let the engine run, and again in the backward. The operator knows
+its group by name, as a graph cannot hold a group, and gathers rows anew in the backward, since a graph must know how
+many they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.library import custom_op
+
+from dilated_core.autograd import make_differentiable
+from dilated_core.fused import Options, results_of_forward
+from dilated_core.resources import NO_RESOURCES, Resources
+from dilated_ring.comm import Comm, ProcessGroupComm
+from dilated_ring.comm.named import comm_named
+from dilated_ring.dilated.agreement import Call, settle
+from dilated_ring.dilated.engine import Inputs, Kept, Rank
+from dilated_ring.dilated.exchange import Gathered
+from dilated_ring.plan import RankPlan
+
+
+class Extras(NamedTuple):
+    """Tensors beside query, key and value: real (batch, local seq), bool; seed (), int64, of the dropout."""
+
+    real: Tensor | None
+    seed: Tensor | None
+
+    def inputs(self, query: Tensor, key: Tensor, value: Tensor) -> Inputs:
+        """With query, key and value, as the engine takes them."""
+        return Inputs(query, key, value, self.real, None if self.seed is None else int(self.seed))
+
+
+def ring_attention_function(
+    query: Tensor, key: Tensor, value: Tensor, extras: Extras, comm: Comm, call: Call, resources: Resources
+) -> tuple[Tensor, Tensor]:
+    """out like query and lse (batch, heads, local seq), differentiable. ``resources`` step aside in a trace."""
+    if torch.compiler.is_compiling():
+        if not isinstance(comm, ProcessGroupComm):
+            raise TypeError(f"group: expected a process group under torch.compile, got {type(comm).__name__}")
+        options = call.options
+        out, lse = _operator(
+            query,
+            key,
+            value,
+            *extras,
+            comm.group.group_name,
+            list(call.bounds or ()),
+            call.exchange,
+            call.verify,
+            options.segment_lengths,
+            options.dilation_rates,
+            *options[2:],
+        )
+        return out, lse
+    out, lse = _Function.apply(query, key, value, *extras, comm, call, resources)  # type: ignore[no-untyped-call]
+    return out, lse
+
+
+class _Function(torch.autograd.Function):
+    """Of (query, key, value, real, seed, comm, call, resources)."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        *extras, comm, call, resources = rest
+        plan = settle(comm, call, query, key, "forward", resources.patterns)
+        out, lse, kept = _forward(comm, plan, Extras(*extras).inputs(query, key, value), call.options, resources)
+        ctx.set_materialize_grads(False)
+        ctx.rest = comm, call, resources, plan
+        ctx.shape, flat = _flatten(kept) if call.keep else (None, [])
+        ctx.save_for_backward(query, key, value, *extras, out, lse, *flat)
+        return out, lse.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        query, key, value, real, seed, out, lse, *flat = ctx.saved_tensors
+        comm, call, resources, plan = ctx.rest
+        settle(comm, call, query, key, "backward", resources.patterns)
+        kept = None if ctx.shape is None else _unflatten(ctx.shape, flat)
+        inputs = Extras(real, seed).inputs(query, key, value)
+        if grad_lse is not None:
+            grad_lse = grad_lse.transpose(1, 2)
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grads = _backward(comm, plan, inputs, call.options, resources, grad_out, grad_lse, out, lse, kept)
+        return (*grads, None, None, None, None, None)
+
+
+def _forward(
+    comm: Comm, plan: RankPlan, inputs: Inputs, options: Options, resources: Resources
+) -> tuple[Tensor, Tensor, Kept]:
+    if inputs.query.shape[0] == 0:  # the same on all ranks: nobody has anything to exchange
+        out, lse = results_of_forward(inputs.query)
+        return out, lse.transpose(1, 2), []
+    return Rank(comm, plan, inputs, options, resources).forward()
+
+
+def _backward(
+    comm: Comm, plan: RankPlan, inputs: Inputs, options: Options, resources: Resources, *results: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    if inputs.query.shape[0] == 0:
+        return torch.zeros_like(inputs.query), torch.zeros_like(inputs.key), torch.zeros_like(inputs.value)
+    return Rank(comm, plan, inputs, options, resources).backward(*results)
+
+
+# ------------------------------------------------------------------------------------------------ kept rows
+
+Shape = list[list[list[list[int]]]]
+"""Of every route, segment and tensor: for each block, which of the flat list's tensors is its room."""
+
+
+def _flatten(kept: Kept) -> tuple[Shape, list[Tensor]]:
+    """Kept rows as autograd saves them, a flat list; rooms that blocks share are in it once."""
+    flat: list[Tensor] = []
+    places: dict[int, int] = {}
+
+    def place(room: Tensor) -> int:
+        if id(room) not in places:
+            places[id(room)] = len(flat)
+            flat.append(room)
+        return places[id(room)]
+
+    return [[[[place(room) for room in each.rooms] for each in rooms] for rooms in route] for route in kept], flat
+
+
+def _unflatten(shape: Shape, flat: list[Tensor]) -> Kept:
+    return [[[Gathered([flat[at] for at in each]) for each in rooms] for rooms in route] for route in shape]
+
+
+# ------------------------------------------------------------------------------------------------ operator
+
+
+@custom_op("dilated_ring::dilated_ring_attention", mutates_args=())
+def _operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    real: Tensor | None,
+    seed: Tensor | None,
+    group_name: str,
+    bounds: Sequence[int],
+    exchange: str,
+    verify: bool,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    semantics: str,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    options = Options(tuple(segment_lengths), tuple(dilation_rates), semantics, is_causal, scale, dropout_p, kernel)
+    call = Call(options, tuple(bounds) or None, exchange, verify, masked=real is not None)
+    comm = comm_named(group_name)
+    plan = settle(comm, call, query, key, "forward")
+    out, lse, _ = _forward(comm, plan, Extras(real, seed).inputs(query, key, value), options, NO_RESOURCES)
+    return out, lse.transpose(1, 2)
+
+
+@_operator.register_fake
+def _results(query: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return results_of_forward(query)
+
+
+@custom_op("dilated_ring::dilated_ring_attention_backward", mutates_args=())
+def _backward_operator(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    real: Tensor | None,
+    seed: Tensor | None,
+    group_name: str,
+    bounds: Sequence[int],
+    exchange: str,
+    verify: bool,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    semantics: str,
+    is_causal: bool,
+    scale: float,
+    dropout_p: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    options = Options(tuple(segment_lengths), tuple(dilation_rates), semantics, is_causal, scale, dropout_p, kernel)
+    call = Call(options, tuple(bounds) or None, exchange, verify, masked=real is not None)
+    comm = comm_named(group_name)
+    plan = settle(comm, call, query, key, "backward")
+    inputs = Extras(real, seed).inputs(query, key, value)
+    grad_lse = None if grad_lse is None else grad_lse.transpose(1, 2)
+    lse = lse.transpose(1, 2)
+    return _backward(comm, plan, inputs, options, NO_RESOURCES, grad_out, grad_lse, out, lse, None)
+
+
+@_backward_operator.register_fake
+def _gradients(
+    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+make_differentiable(_operator, _backward_operator)
