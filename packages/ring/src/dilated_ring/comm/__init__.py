@@ -1,6 +1,6 @@
 """Between ranks: one kind of transfer, three transports of it, and the agreement that comes before the first."""
 
-from dilated_ring.comm.agreement import agree
+from dilated_ring.comm.agreement import agree, refuse
 from dilated_ring.comm.process_group import ProcessGroupComm, comm_of
 from dilated_ring.comm.protocol import Comm, Purpose, Transfer
 from dilated_ring.comm.recording import Record, RecordingComm
@@ -16,5 +16,6 @@ __all__ = [
     "VirtualComm",
     "agree",
     "comm_of",
+    "refuse",
     "run_ranks",
 ]

@@ -78,7 +78,7 @@ class _Function(torch.autograd.Function):
         return out, lse.transpose(1, 2)
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, real, seed, out, lse, *flat = ctx.saved_tensors
         comm, call, resources, plan = ctx.rest
