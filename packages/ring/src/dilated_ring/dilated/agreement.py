@@ -22,6 +22,7 @@ class Call(NamedTuple):
         exchange: "auto", "gather" or "heads".
         verify: whether ranks compare their calls where the bounds are given.
         masked: whether they have key padding masks.
+        with_lse: whether the lse is asked for, and so may have a gradient.
         keep: whether gathered rows are kept for the backward; under torch.compile they never are.
         differentiable: whether a backward may follow.
     """
@@ -31,6 +32,7 @@ class Call(NamedTuple):
     exchange: str
     verify: bool
     masked: bool
+    with_lse: bool
     keep: bool = False
     differentiable: bool | None = None
 
@@ -65,6 +67,7 @@ def settle(
             "bounds": bounds,
             "exchange": call.exchange,
             "key_padding_mask": "given" if call.masked else None,
+            "return_aux.lse": call.with_lse,
             "gradients": call.differentiable,
         }
         lengths = agree(comm, fields, length)

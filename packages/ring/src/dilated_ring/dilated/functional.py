@@ -105,6 +105,8 @@ def dilated_ring_attention(
     its own attend, or, where that is less, all rows of some heads. The result is that of ``dilated_attention`` over the
     whole sequence, and so are the gradients.
 
+    All ranks must also take part in the backward: an output of one rank that the loss leaves out makes the others wait.
+
     Args:
         query: (batch, local seq, heads, head_dim), this rank's shard; float64, float32, bfloat16 or float16.
         key, value: (batch, local seq, kv_heads, head_dim), dtype and device of query; kv_heads == heads, or with
@@ -124,7 +126,7 @@ def dilated_ring_attention(
             it, and with ``bounds``, that is saved, and a difference between ranks is undefined behaviour.
         allocator: where results, buffers and scratch are allocated; torch.empty by default.
         patterns: where plans are kept between calls; planned anew by default. Neither is used under torch.compile.
-        return_aux: ``AuxRequest(lse=True)`` to have the lse of this rank's rows too.
+        return_aux: ``AuxRequest(lse=True)`` to have the lse of this rank's rows too; on all ranks or on none.
 
     Returns:
         Output like query; with ``return_aux``, a pair of it and an AuxOutput.
@@ -172,13 +174,14 @@ def dilated_ring_attention(
     options = Options(lengths, rates, semantics, is_causal, scale, dropout_p, kernel)
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     keep = differentiable and not refetch
-    call = Call(options, bounds, exchange, verify, real is not None, keep, differentiable)
+    with_lse = return_aux is not None and return_aux.lse
+    call = Call(options, bounds, exchange, verify, real is not None, with_lse, keep, differentiable)
     out, lse = ring_attention_function(query, key, value, Extras(real, seed), comm, call, resources)
     if semantics == "grouped":
         out = out / len(rates)
     if return_aux is None:
         return out
-    return out, AuxOutput(lse=lse if return_aux.lse else None)
+    return out, AuxOutput(lse=lse if with_lse else None)
 
 
 def _own_bounds(bounds: Sequence[int], comm: Comm, length: int) -> tuple[int, ...]:

@@ -54,6 +54,7 @@ def ring_attention_function(
             list(call.bounds or ()),
             call.exchange,
             call.verify,
+            call.with_lse,
             options.segment_lengths,
             options.dilation_rates,
             *options[2:],
@@ -88,6 +89,7 @@ class _Function(torch.autograd.Function):
         if grad_lse is not None:
             grad_lse = grad_lse.transpose(1, 2)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grad_lse = _like_the_others(call, grad_lse, lse)
         grads = _backward(comm, plan, inputs, call.options, resources, grad_out, grad_lse, out, lse, kept)
         return (*grads, None, None, None, None, None)
 
@@ -107,6 +109,11 @@ def _backward(
     if inputs.query.shape[0] == 0:
         return torch.zeros_like(inputs.query), torch.zeros_like(inputs.key), torch.zeros_like(inputs.value)
     return Rank(comm, plan, inputs, options, resources).backward(*results)
+
+
+def _like_the_others(call: Call, grad_lse: Tensor | None, lse: Tensor) -> Tensor | None:
+    """The gradient of lse, zeros where another rank may have one: all exchange the same kinds of rows."""
+    return torch.zeros_like(lse) if call.with_lse and grad_lse is None else grad_lse
 
 
 # ------------------------------------------------------------------------------------------------ kept rows
@@ -147,6 +154,7 @@ def _operator(
     bounds: Sequence[int],
     exchange: str,
     verify: bool,
+    with_lse: bool,
     segment_lengths: Sequence[int],
     dilation_rates: Sequence[int],
     semantics: str,
@@ -156,7 +164,7 @@ def _operator(
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     options = Options(tuple(segment_lengths), tuple(dilation_rates), semantics, is_causal, scale, dropout_p, kernel)
-    call = Call(options, tuple(bounds) or None, exchange, verify, masked=real is not None)
+    call = Call(options, tuple(bounds) or None, exchange, verify, real is not None, with_lse)
     comm = comm_named(group_name)
     plan = settle(comm, call, query, key, "forward")
     out, lse, _ = _forward(comm, plan, Extras(real, seed).inputs(query, key, value), options, NO_RESOURCES)
@@ -183,6 +191,7 @@ def _backward_operator(
     bounds: Sequence[int],
     exchange: str,
     verify: bool,
+    with_lse: bool,
     segment_lengths: Sequence[int],
     dilation_rates: Sequence[int],
     semantics: str,
@@ -192,12 +201,12 @@ def _backward_operator(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(tuple(segment_lengths), tuple(dilation_rates), semantics, is_causal, scale, dropout_p, kernel)
-    call = Call(options, tuple(bounds) or None, exchange, verify, masked=real is not None)
+    call = Call(options, tuple(bounds) or None, exchange, verify, real is not None, with_lse)
     comm = comm_named(group_name)
     plan = settle(comm, call, query, key, "backward")
     inputs = Extras(real, seed).inputs(query, key, value)
-    grad_lse = None if grad_lse is None else grad_lse.transpose(1, 2)
     lse = lse.transpose(1, 2)
+    grad_lse = _like_the_others(call, None if grad_lse is None else grad_lse.transpose(1, 2), lse)
     return _backward(comm, plan, inputs, options, NO_RESOURCES, grad_out, grad_lse, out, lse, None)
 
 
