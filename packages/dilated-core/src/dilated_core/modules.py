@@ -258,6 +258,37 @@ class MultiheadDilatedAttention(nn.Module):
         Raises:
             TypeError, ValueError: an argument of a wrong type, shape or value.
         """
+        q, k, v, real = self.projected(query, key, value, key_padding_mask, need_weights, attn_mask)
+        if cu_seqlens is not None and self.rotary is not None:
+            raise ValueError("cu_seqlens: expected None where there is a rotary, which numbers positions from 0 to seq")
+        if cache is not None:
+            self._check_cache(cache, is_causal, masked=real is not None or cu_seqlens is not None)
+        if self.rotary is not None:
+            q, k = self.rotary(q, k) if cache is None else self.rotary(q, k, start=max(cache.lengths, default=0))
+        if cache is not None:
+            attended = decode_step(q, k, v, cache, scale=self.attention.softmax_scale, kernel=self.attention.kernel)
+        else:
+            attended = self.attention(q, k, v, is_causal=is_causal, key_padding_mask=real, cu_seqlens=cu_seqlens)
+        return self.joined(attended), None
+
+    def projected(
+        self,
+        query: Tensor,
+        key: Tensor | None,
+        value: Tensor | None,
+        key_padding_mask: Tensor | None,
+        need_weights: bool,
+        attn_mask: None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What ``forward`` begins with: its arguments checked and projected, for another attention in its place.
+
+        Returns:
+            query (batch, seq, num_heads, head_dim), key and value (batch, seq, kv_heads, head_dim), and the mask in
+            ``dilated_attention``'s sense, True where the key is real; None for none.
+
+        Raises:
+            TypeError, ValueError: an argument of a wrong type, shape or value.
+        """
         key = query if key is None else key
         value = key if value is None else value
         for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -273,25 +304,20 @@ class MultiheadDilatedAttention(nn.Module):
         if need_weights:
             raise ValueError("need_weights: expected False, weights are never formed (see dilated_core.attention_map)")
         real = checks.key_padding_mask(key_padding_mask, key)
-        if cu_seqlens is not None and self.rotary is not None:
-            raise ValueError("cu_seqlens: expected None where there is a rotary, which numbers positions from 0 to seq")
-        q = self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim))
-        k = self.k_proj(key).unflatten(-1, (self.kv_heads, self.head_dim))
-        v = self.v_proj(value).unflatten(-1, (self.kv_heads, self.head_dim))
-        if cache is not None:
-            self._check_cache(cache, is_causal, masked=real is not None or cu_seqlens is not None)
-        if self.rotary is not None:
-            q, k = self.rotary(q, k) if cache is None else self.rotary(q, k, start=max(cache.lengths, default=0))
-        if cache is not None:
-            attended = decode_step(q, k, v, cache, scale=self.attention.softmax_scale, kernel=self.attention.kernel)
-        else:
-            attended = self.attention(
-                q, k, v, is_causal=is_causal, key_padding_mask=None if real is None else ~real, cu_seqlens=cu_seqlens
-            )
-        joined = attended.flatten(-2)
+        return (
+            self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim)),
+            self.k_proj(key).unflatten(-1, (self.kv_heads, self.head_dim)),
+            self.v_proj(value).unflatten(-1, (self.kv_heads, self.head_dim)),
+            None if real is None else ~real,
+        )
+
+    def joined(self, attended: Tensor) -> Tensor:
+        """What ``forward`` ends with: heads (batch, seq, num_heads, head_dim) to output (batch, seq, embed_dim)."""
+        rows = attended.flatten(-2)
         if self.inner_attn_ln is not None:
-            joined = self.inner_attn_ln(joined)
-        return self.out_proj(joined), None
+            rows = self.inner_attn_ln(rows)
+        output: Tensor = self.out_proj(rows)
+        return output
 
     def new_cache(self, batch_size: int) -> DilatedKVCache:
         """An empty cache for ``forward(..., cache=)``, in the dtype and on the device of the weights.

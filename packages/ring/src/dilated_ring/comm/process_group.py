@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import re
+import weakref
 from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
 
 import torch
 from torch import Tensor, distributed
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_ring.comm.protocol import Comm, Purpose, Transfer
-from dilated_ring.errors import PeerError
+from dilated_ring.comm.closing import (
+    CLOSED_HERE,
+    closed_by_peers,
+    hang_up,
+    hang_up_unless_complete,
+    on_gloo,
+    open_sockets,
+)
+from dilated_ring.comm.protocol import Comm, Purpose, Transfer, check_exchange
+from dilated_ring.errors import PeerError, named
+
+_SLICE = timedelta(seconds=0.1)  # of a wait; so long an interrupt may take to get through
+_LAST_SLICE = timedelta(seconds=0.4)  # for what is on its way when a peer is gone
+_LARGE = 1 << 16  # bytes from which on a message comes in several parts, between which its sender may die
 
 
 class ProcessGroupComm:
@@ -38,29 +55,77 @@ class ProcessGroupComm:
         purpose: Purpose,
     ) -> Transfer:
         """Start an uneven all-to-all, see Comm."""
+        check_exchange(self, received, sent, received_counts, sent_counts)
+        large = max(received.nbytes, sent.nbytes) >= _LARGE
+        sockets = open_sockets() if large and on_gloo(self.group) else frozenset()
         try:
             work = distributed.all_to_all_single(
                 received, sent, list(received_counts), list(sent_counts), group=self.group, async_op=True
             )
         except RuntimeError as error:
-            raise PeerError(self.rank, self.size, purpose, error) from error
-        return _Work(self, work, sent, purpose)
+            raise self.failure(error, purpose) from error
+        return _Work(self, work, sent, sockets, purpose)
+
+    def failure(self, error: RuntimeError, purpose: Purpose, work: distributed.Work | None = None) -> PeerError:
+        """What to raise for an error of the backend; gives up the group, so that the others hear of it."""
+        gone = hang_up(self.group, work)
+        timed_out = re.search(r"Timed out waiting (\d+)ms", str(error))
+        reason: object = error
+        if timed_out:
+            reason = f"a peer stalled for {int(timed_out[1]) / 1000:g} s, the group's timeout"
+        elif gone:
+            reason = f"{named(gone)} died, or gave up the group after an error"
+        elif CLOSED_HERE in str(error):
+            reason = "this rank gave up the group after an earlier error"
+        return PeerError(self.rank, self.size, purpose, reason, gone)
 
 
 class _Work:
-    """A transfer of a process group; keeps what is being sent alive."""
+    """A transfer of a process group; keeps what is being sent alive. If it is dropped, the group is given up."""
 
-    def __init__(self, comm: ProcessGroupComm, work: distributed.Work, sent: Tensor, purpose: Purpose) -> None:
-        self._comm, self._work, self._purpose = comm, work, purpose
+    def __init__(
+        self,
+        comm: ProcessGroupComm,
+        work: distributed.Work,
+        sent: Tensor,
+        sockets: frozenset[int],
+        purpose: Purpose,
+    ) -> None:
+        self._comm, self._work, self._sockets, self._purpose = comm, work, sockets, purpose
         self._sent: Tensor | None = sent
+        # Also called at the end of the process, for what is then still on its way.
+        self._dropped = weakref.finalize(self, hang_up_unless_complete, comm.group, work, os.getpid())
 
     def wait(self) -> None:
         """See Transfer."""
         try:
+            if on_gloo(self._comm.group):
+                self._wait_in_slices()
             self._work.wait()
         except RuntimeError as error:
-            raise PeerError(self._comm.rank, self._comm.size, self._purpose, error) from error
+            raise self._comm.failure(error, self._purpose, self._work) from error
+        except BaseException:
+            # Interrupted: what comes next from this rank is not what its peers expect.
+            hang_up(self._comm.group, self._work)
+            raise
+        finally:
+            self._dropped.detach()
         self._sent = None
+
+    def _wait_in_slices(self) -> None:
+        """Return when the work is complete, well or not; handle signals meanwhile, and look out for closed sockets."""
+        while not self._work.is_completed():
+            with suppress(RuntimeError):  # the slice is over, or else the work failed and is complete
+                self._work.wait(_SLICE)
+            if self._work.is_completed() or self._sockets <= open_sockets():
+                continue
+            # A rank that has all it needs may leave while others still exchange: what comes from those is waited for.
+            if closed_by_peers(self._comm.group):
+                with suppress(RuntimeError):
+                    self._work.wait(_LAST_SLICE)
+                if not self._work.is_completed():
+                    raise RuntimeError("a connection was closed in the middle of a message")
+            self._sockets &= open_sockets()
 
 
 def comm_of(group: ProcessGroup | DeviceMesh | Comm | None) -> Comm:
@@ -71,7 +136,10 @@ def comm_of(group: ProcessGroup | DeviceMesh | Comm | None) -> Comm:
         ValueError: a mesh of several dimensions, or a group this process is not in.
         RuntimeError: None, and torch.distributed is not initialised.
     """
+    outside = "group: expected a group that this process belongs to"
     if isinstance(group, DeviceMesh):
+        if group.get_coordinate() is None:
+            raise ValueError(f"{outside}, got a mesh of ranks {group.mesh.tolist()}")
         if group.ndim != 1:
             raise ValueError(
                 f"group: expected one dimension of a mesh, got {group.ndim}: {group.mesh_dim_names} "
@@ -85,9 +153,10 @@ def comm_of(group: ProcessGroup | DeviceMesh | Comm | None) -> Comm:
                 "(start the processes with torchrun and call torch.distributed.init_process_group)"
             )
         group = distributed.group.WORLD
+    nobody: object = distributed.GroupMember.NON_GROUP_MEMBER  # what new_group returns to ranks outside the new group
+    if group is nobody:
+        raise ValueError(outside)
     if isinstance(group, ProcessGroup):
-        if distributed.get_rank(group) < 0:
-            raise ValueError("group: expected a group this process belongs to")
         return ProcessGroupComm(group)
     if isinstance(group, Comm):
         return group

@@ -77,4 +77,25 @@ class Comm(Protocol):
             sent: 1-D, contiguous: what rank 0 is to get, then what rank 1 is to get, ...; unchanged until waited for.
             received_counts, sent_counts: elements from and to each rank; they sum to the tensors' lengths.
             purpose: for errors and records.
+
+        Raises:
+            ValueError: these do not fit each other.
+            PeerError: the group was given up.
         """
+
+
+def check_exchange(
+    comm: Comm, received: Tensor, sent: Tensor, received_counts: Sequence[int], sent_counts: Sequence[int]
+) -> None:
+    """Raise ValueError where the arguments of ``exchange`` do not fit each other: a network would not notice."""
+    if received.dtype != sent.dtype:
+        raise ValueError(f"received, sent: expected one dtype, got {received.dtype} and {sent.dtype}")
+    for name, tensor, counts in (("received", received, received_counts), ("sent", sent, sent_counts)):
+        if tensor.ndim != 1 or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name}: expected a flat contiguous tensor, got shape {tuple(tensor.shape)}, strides {tensor.stride()}"
+            )
+        if len(counts) != comm.size or min(counts) < 0 or sum(counts) != len(tensor):
+            raise ValueError(
+                f"{name}_counts: expected {comm.size} counts that sum to {len(tensor)}, got {list(counts)}"
+            )

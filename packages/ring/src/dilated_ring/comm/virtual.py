@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dilated_ring.comm.protocol import Comm, Purpose, Transfer
+from dilated_ring.comm.protocol import Comm, Purpose, Transfer, check_exchange
 from dilated_ring.errors import PeerError
 
 T = TypeVar("T")
@@ -24,10 +24,13 @@ class _Hall:
         self.size, self.timeout = size, timeout
         self.changed = threading.Condition()
         self.chunks: dict[tuple[int, int, int], tuple[Purpose, Tensor]] = {}
+        self.started: set[tuple[int, int]] = set()
+        self.failed = False
         self.gone: set[int] = set()
 
     def put(self, exchange: int, source: int, chunks: Sequence[Tensor], purpose: Purpose) -> None:
         with self.changed:
+            self.started.add((exchange, source))
             for destination, chunk in enumerate(chunks):
                 self.chunks[exchange, source, destination] = purpose, chunk
             self.changed.notify_all()
@@ -37,8 +40,10 @@ class _Hall:
         with self.changed:
             while place not in self.chunks:
                 if source in self.gone:
+                    self.failed = True
                     raise PeerError(destination, self.size, purpose, f"rank {source} is gone")
                 if not self.changed.wait(deadline - time.monotonic()):
+                    self.failed = True
                     raise PeerError(destination, self.size, purpose, f"rank {source} sent nothing in {self.timeout} s")
             its_purpose, chunk = self.chunks.pop(place)
         if its_purpose != purpose:
@@ -69,6 +74,7 @@ class VirtualComm:
         purpose: Purpose,
     ) -> Transfer:
         """Start an uneven all-to-all, see Comm."""
+        check_exchange(self, received, sent, received_counts, sent_counts)
         number = self._exchanges
         self._exchanges += 1
         chunks = [chunk.clone() for chunk in sent.detach().split(list(sent_counts))]
@@ -106,6 +112,7 @@ def run_ranks(size: int, work: Callable[[Comm], T], *, timeout: float = 60.0) ->
 
     Raises:
         What the first rank to fail raised: the others, which then find it gone, are not asked.
+        PeerError: a rank started an exchange and never waited for it.
 
     >>> run_ranks(3, lambda comm: (comm.rank, comm.size))
     [(0, 3), (1, 3), (2, 3)]
@@ -126,4 +133,7 @@ def run_ranks(size: int, work: Callable[[Comm], T], *, timeout: float = 60.0) ->
         results = list(threads.map(run, range(size)))
     if failures:
         raise failures[0]
+    for (exchange, source, destination), (purpose, _) in hall.chunks.items():
+        if (exchange, destination) in hall.started and not hall.failed:
+            raise PeerError(destination, size, purpose, f"never waited for what rank {source} sends")
     return results  # type: ignore[return-value]
