@@ -23,6 +23,7 @@ class Call(NamedTuple):
         verify: whether ranks compare their calls where the bounds are given.
         masked: whether they have key padding masks.
         with_lse: whether the lse is asked for, and so may have a gradient.
+        signed_scale: as it was asked for; that of ``options`` is above 0.
         keep: whether gathered rows are kept for the backward; under torch.compile they never are.
         differentiable: whether a backward may follow.
     """
@@ -33,6 +34,7 @@ class Call(NamedTuple):
     verify: bool
     masked: bool
     with_lse: bool
+    signed_scale: float
     keep: bool = False
     differentiable: bool | None = None
 
@@ -63,7 +65,7 @@ def settle(
             "head_dim": head_dim,
             "dtype": query.dtype,
             "device": query.device.type,
-            **options._replace(kernel="")._asdict(),
+            **options._replace(kernel="", scale=call.signed_scale)._asdict(),
             "bounds": bounds,
             "exchange": call.exchange,
             "key_padding_mask": "given" if call.masked else None,

@@ -165,6 +165,7 @@ def dilated_ring_attention(
         real = checks.key_padding_mask(key_padding_mask, key)
         if bounds is not None:
             bounds = _own_bounds(bounds, comm, query.shape[1])
+        signed_scale = checks.softmax_scale(scale, query.shape[3])
         query, scale = checks.query_and_scale(query, scale)
         seed = dropout_seed(dropout_p, generator)
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -175,7 +176,7 @@ def dilated_ring_attention(
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     keep = differentiable and not refetch
     with_lse = return_aux is not None and return_aux.lse
-    call = Call(options, bounds, exchange, verify, real is not None, with_lse, keep, differentiable)
+    call = Call(options, bounds, exchange, verify, real is not None, with_lse, signed_scale, keep, differentiable)
     out, lse = ring_attention_function(query, key, value, Extras(real, seed), comm, call, resources)
     if semantics == "grouped":
         out = out / len(rates)

@@ -55,6 +55,7 @@ def ring_attention_function(
             call.exchange,
             call.verify,
             call.with_lse,
+            call.signed_scale,
             options.segment_lengths,
             options.dilation_rates,
             *options[2:],
@@ -155,6 +156,7 @@ def _operator(
     exchange: str,
     verify: bool,
     with_lse: bool,
+    signed_scale: float,
     segment_lengths: Sequence[int],
     dilation_rates: Sequence[int],
     semantics: str,
@@ -164,7 +166,7 @@ def _operator(
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     options = Options(tuple(segment_lengths), tuple(dilation_rates), semantics, is_causal, scale, dropout_p, kernel)
-    call = Call(options, tuple(bounds) or None, exchange, verify, real is not None, with_lse)
+    call = Call(options, tuple(bounds) or None, exchange, verify, real is not None, with_lse, signed_scale)
     comm = comm_named(group_name)
     plan = settle(comm, call, query, key, "forward")
     out, lse, _ = _forward(comm, plan, Extras(real, seed).inputs(query, key, value), options, NO_RESOURCES)
@@ -192,6 +194,7 @@ def _backward_operator(
     exchange: str,
     verify: bool,
     with_lse: bool,
+    signed_scale: float,
     segment_lengths: Sequence[int],
     dilation_rates: Sequence[int],
     semantics: str,
@@ -201,7 +204,7 @@ def _backward_operator(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(tuple(segment_lengths), tuple(dilation_rates), semantics, is_causal, scale, dropout_p, kernel)
-    call = Call(options, tuple(bounds) or None, exchange, verify, real is not None, with_lse)
+    call = Call(options, tuple(bounds) or None, exchange, verify, real is not None, with_lse, signed_scale)
     comm = comm_named(group_name)
     plan = settle(comm, call, query, key, "backward")
     inputs = Extras(real, seed).inputs(query, key, value)

@@ -10,13 +10,16 @@ heads f, f + group, f + 2 group, ..., so that its heads are numbered like the ke
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
 
-from dilated_core.plan import Run, Tile, branch_runs, cut_segments, padded_rows
-from dilated_ring.plan.sharding import even_bounds
+from dilated_core.plan import Cut, Run, Tile, branch_runs, cut_segments, padded_rows
+from dilated_ring.plan.sharding import even_part
 
 
 class Branch(NamedTuple):
@@ -46,10 +49,14 @@ class Branch(NamedTuple):
         """The key heads that the branch has a query head for: all, but with "grouped"."""
         return _members(self)
 
-    def key_block(self, block: int, share: range) -> int:
-        """The first block that meets the same rows of the same key heads: only its keys are sent."""
-        runs = self.runs(block, share)
-        return next(earlier for earlier in range(block + 1) if self.runs(earlier, share) == runs)
+    def key_blocks(self, share: range) -> tuple[int, ...]:
+        """Of each block, the first one that meets the same rows of the same key heads: only its keys are sent.
+
+        Blocks that meet some rows alike and others not send those twice. With "paper" there are none. With
+        "torchscale" there are where neither of ceil(heads / rate) and the number of blocks divides the other; with
+        "grouped" where the heads of a branch begin or end among the query heads of one key head and have another.
+        """
+        return _key_blocks(self, share)
 
     @property
     def full_rows(self) -> int:
@@ -68,6 +75,12 @@ def _members(branch: Branch) -> range:
         for phase in range(run.phases)
     ]
     return range(min(present), max(present) + 1) if present else range(0)
+
+
+@lru_cache(maxsize=1024)
+def _key_blocks(branch: Branch, share: range) -> tuple[int, ...]:
+    first: dict[tuple[Run, ...], int] = {}
+    return tuple(first.setdefault(branch.runs(block, share), block) for block in range(branch.blocks))
 
 
 class Part(NamedTuple):
@@ -125,18 +138,30 @@ class Crossing(NamedTuple):
         """Who holds a part."""
         return tuple(part.rank for part in self.parts)
 
+    def held_by(self, rank: int) -> bool:
+        """Whether that rank holds a part."""
+        at = bisect_left(self.parts, (rank,))
+        return at < len(self.parts) and self.parts[at].rank == rank
+
     def part(self, rank: int) -> Part:
         """The part of that rank."""
-        return next(part for part in self.parts if part.rank == rank)
+        return self.parts[bisect_left(self.parts, (rank,))]
 
     def share(self, rank: int) -> range:
         """The key heads that the rank attends: all of them, or its share."""
         members = self.branch.members
         if not self.by_heads:
             return members
-        bounds = even_bounds(len(members), len(self.parts))
-        at = self.ranks.index(rank)
-        return range(members.start + bounds[at], members.start + bounds[at + 1])
+        return members[even_part(len(members), len(self.parts), bisect_left(self.parts, (rank,)))]
+
+    def phases_met(self, rank: int) -> tuple[range, ...]:
+        """The phases that the rank gathers: all but, of its own rows, those that it has no row of."""
+        rate = self.branch.rate
+        part = self.part(rank)
+        if self.by_heads or part.stop - part.first >= rate:
+            return (range(rate),)
+        first, stop = part.first % rate, part.first % rate + part.stop - part.first
+        return (range(first, stop),) if stop <= rate else (range(stop - rate), range(first, rate))
 
     def sends(self, source: int, destination: int) -> bool:
         """Whether a rank's rows go to another (or stay, for itself, in what is gathered)."""
@@ -144,16 +169,15 @@ class Crossing(NamedTuple):
             return source < destination
         return True
 
-    def strips(self, rank: int, block: int, share: range) -> tuple[Strip, ...]:
-        """The rank's part, of one block of heads."""
-        return self.cut(self.part(rank), block, share)
+    def strips(self, rank: int, block: int, share: range, phases: tuple[range, ...] | None = None) -> tuple[Strip, ...]:
+        """The rank's part, of one block of heads, and of some phases only where asked."""
+        return self._cut(self.part(rank), block, share, phases or (range(self.branch.rate),))
 
     def whole(self, block: int, share: range) -> tuple[Strip, ...]:
         """The whole segment, of one block of heads, in as few strips as there can be."""
-        return self.cut(Part(-1, 0, self.length, 0), block, share)
+        return self._cut(Part(-1, 0, self.length, 0), block, share, (range(self.branch.rate),))
 
-    def cut(self, part: Part, block: int, share: range) -> tuple[Strip, ...]:
-        """Any part, of one block of heads."""
+    def _cut(self, part: Part, block: int, share: range, phases: tuple[range, ...]) -> tuple[Strip, ...]:
         branch = self.branch
         runs = branch.runs(block, share)
         lanes = [0]
@@ -170,7 +194,11 @@ class Crossing(NamedTuple):
             stop=part.stop,
             full_rows=branch.full_rows,
         )
-        return tuple(Strip(cut.tile, cut.row, cut.of, lanes[cut.run] + cut.phase, runs[cut.run].phases) for cut in cuts)
+        return tuple(
+            Strip(cut.tile, cut.row, cut.of, lanes[cut.run] + cut.phase, runs[cut.run].phases)
+            for whole in cuts
+            for cut in _of_phases(whole, runs[whole.run].first_phase + whole.phase, phases)
+        )
 
     def gathered_rows(self, rank: int) -> int:
         """Rows that are gathered at the rank, for the head that has most of them."""
@@ -183,3 +211,51 @@ class Crossing(NamedTuple):
     def gathered_lanes(self, block: int, share: range) -> int:
         """Lanes of what is gathered."""
         return sum(run.groups * run.phases for run in self.branch.runs(block, share))
+
+
+def _of_phases(cut: Cut, first_phase: int, phases: tuple[range, ...]) -> Iterator[Cut]:
+    """The heads of a cut, whose first phase is given, that have one of these phases."""
+    tile = cut.tile
+    for wanted in phases:
+        low = max(wanted.start - first_phase, 0)
+        high = min(wanted.stop - first_phase, tile.phases)
+        if low < high:
+            heads = tile._replace(
+                start=tile.start + low, first_head=tile.first_head + low * tile.phase_step, phases=high - low
+            )
+            yield cut._replace(tile=heads, phase=cut.phase + low)
+
+
+def find_crossings(bounds: tuple[int, ...], branch: Branch, *, by_heads: bool) -> list[Crossing]:
+    """The branch's segments that lie on several ranks, in order."""
+    members: dict[int, list[Part]] = {}  # of a segment's number, only of those that a shard's bound cuts
+    length, seq_len = branch.segment_length, bounds[-1]
+    for rank, (low, high) in enumerate(pairwise(bounds)):
+        if low == high:
+            continue
+        for number in sorted({low // length, (high - 1) // length}):
+            start = number * length
+            stop = min(start + length, seq_len)
+            if start < low or stop > high:
+                first = max(low, start)
+                members.setdefault(number, []).append(Part(rank, first - start, min(high, stop) - start, first - low))
+    return [
+        Crossing(branch, number * length, min(length, seq_len - number * length), tuple(parts), by_heads)
+        for number, parts in sorted(members.items())
+    ]
+
+
+def inner_segments(bounds: tuple[int, ...], branch: Branch, rank: int) -> list[tuple[int, int, int]]:
+    """The segments that lie in one shard altogether: (start, how many, length) of the whole ones, then of a short one.
+
+    ``start`` is a position in the whole sequence.
+    """
+    low, high = bounds[rank : rank + 2]
+    length = branch.segment_length
+    first = -(-low // length) * length
+    whole = max(0, (high - first) // length)
+    tail = first + whole * length
+    found = [(first, whole, length)] if whole else []
+    if low <= tail < high == bounds[-1]:  # the last segment of the sequence may be short
+        found.append((tail, 1, high - tail))
+    return found

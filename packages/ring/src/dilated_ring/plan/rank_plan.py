@@ -83,15 +83,18 @@ def make_route(branch: Branch, crossings: list[Crossing], rank: int, by_heads: b
 def _segment(crossing: Crossing, rank: int) -> Segment:
     branch = crossing.branch
     blocks = range(branch.blocks)
+    found: dict[tuple[int, range, tuple[range, ...]], tuple[tuple[Strip, ...], ...]] = {}
+
+    def strips(owner: int, attending: int) -> tuple[tuple[Strip, ...], ...]:
+        wanted = owner, crossing.share(attending), crossing.phases_met(attending)
+        if wanted not in found:  # many ranks want the same of one
+            found[wanted] = tuple(crossing.strips(owner, block, *wanted[1:]) for block in blocks)
+        return found[wanted]
 
     def bundle(owner: int, attending: int) -> Bundle:
         share = crossing.share(attending)
-        return Bundle(
-            attending if owner == rank else owner,
-            share,
-            tuple(crossing.strips(owner, block, share) for block in blocks),
-            tuple(branch.key_block(block, share) for block in blocks),
-        )
+        peer = attending if owner == rank else owner
+        return Bundle(peer, share, strips(owner, attending), branch.key_blocks(share))
 
     share = crossing.share(rank)
     return Segment(
@@ -101,7 +104,7 @@ def _segment(crossing: Crossing, rank: int) -> Segment:
         rows=crossing.gathered_rows(rank),
         lanes=tuple(crossing.gathered_lanes(block, share) for block in blocks),
         share=share,
-        key_blocks=tuple(branch.key_block(block, share) for block in blocks),
+        key_blocks=branch.key_blocks(share),
         own=tuple(crossing.strips(rank, block, share) for block in blocks),
         whole=tuple(crossing.whole(block, share) for block in blocks) if crossing.by_heads else (),
     )

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import pairwise
+from typing import NamedTuple
+
+import torch
 
 from dilated_core import checks
-from dilated_core.plan import Tile, check_torchscale, cut_segments
-from dilated_ring.plan.cost import busiest_rows
-from dilated_ring.plan.crossing import Branch, Crossing, Part
+from dilated_core.plan import Tile, cut_segments
+from dilated_ring.plan import description, picture
+from dilated_ring.plan.cost import between
+from dilated_ring.plan.crossing import Branch, Crossing, find_crossings, inner_segments
+from dilated_ring.plan.ranges import RowRange, ranges_of
 from dilated_ring.plan.rank_plan import RankPlan, make_route
-from dilated_ring.plan.sharding import check_bounds, even_bounds
+from dilated_ring.plan.traffic import Traffic, matrix, message, traffic
+from dilated_ring.plan.work import attended_pairs
 
 EXCHANGES = ("auto", "gather", "heads")
+
+
+class Peers(NamedTuple):
+    """The ranks that one sends to and receives from in a forward pass, rising; a backward has both for both."""
+
+    sends_to: tuple[int, ...]
+    receives_from: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -61,9 +75,10 @@ class RingPlan:
 
     def for_rank(self, rank: int) -> RankPlan:
         """What one rank is to do."""
+        self._check("rank", rank, self.world_size)
         routes = []
         for branch in self.branches:
-            own = [crossing for crossing in self.crossings(branch.number) if rank in crossing.ranks]
+            own = [crossing for crossing in self.crossings(branch.number) if crossing.held_by(rank)]
             # A rank without a part takes part in the exchange all the same: it is a collective.
             if self.exchanges[branch.number] != "none":
                 by_heads = self.exchanges[branch.number] == "heads"
@@ -71,82 +86,178 @@ class RingPlan:
         blocks = range(self.heads // self.kv_heads)
         return RankPlan(rank, self.world_size, tuple(self._inner(rank, block) for block in blocks), tuple(routes))
 
+    @cached_property
+    def key(self) -> tuple[str, str]:
+        """A short name of everything that the plan depends on, the same in every process: a key for a pattern cache."""
+        sizes = repr([getattr(self, field.name) for field in fields(self)])
+        return "dilated_ring.plan", hashlib.sha256(sizes.encode()).hexdigest()[:32]
+
+    def bytes(
+        self,
+        dtype: torch.dtype,
+        head_dim: int,
+        *,
+        batch: int = 1,
+        phase: str = "forward",
+        masked: bool = False,
+        refetch: bool = False,
+        with_lse: bool = False,
+    ) -> Traffic:
+        """What one pass puts on the wire, exact to the byte, but for the agreement before it.
+
+        A row is head_dim numbers of ``dtype``. Out to who attends them go, forward, rows of keys and values, and by
+        "heads" of queries too; with a mask a byte for each row of keys; by "heads" come back results and their lses
+        (float32, float64 for float64). Backward there go out, by "heads", results, their gradients and lses, and what
+        went out forward if it was not kept; gradients of keys and values come back, by "heads" of queries too. Among
+        query heads that share a key head, each key is sent once, see ``Branch.key_blocks`` for where it is not.
+
+        Args:
+            dtype: of query, key and value.
+            head_dim, batch: their sizes.
+            phase: "forward" or "backward".
+            masked: whether there is a key_padding_mask.
+            refetch: whether the backward gathers again what the forward did not keep.
+            with_lse: whether the lse is asked for (``return_aux``), whose gradient then travels backward by "heads".
+
+        Raises:
+            TypeError, ValueError: an argument of a wrong type or value.
+
+        >>> from dilated_ring import make_plan
+        >>> plan = make_plan(1 << 20, [2048, 32768], [1, 12], heads=16, world_size=64)
+        >>> plan.bytes(torch.bfloat16, 64).of(0) / 2**20  # a ring would bring 4,032
+        5.33...
+        """
+        form = message(dtype, head_dim, batch=batch, phase=phase, masked=masked, refetch=refetch, with_lse=with_lse)
+        return traffic([self.crossings(branch.number) for branch in self.branches], self.world_size, form)
+
+    def matrix(
+        self,
+        dtype: torch.dtype,
+        head_dim: int,
+        *,
+        branch: int | None = None,
+        batch: int = 1,
+        phase: str = "forward",
+        masked: bool = False,
+        refetch: bool = False,
+        with_lse: bool = False,
+    ) -> list[list[int]]:
+        """Bytes from every rank (row) to every other (column), of all branches or of one; the rest as of ``bytes``.
+
+        >>> from dilated_ring import make_plan
+        >>> plan = make_plan(8, [4], [1], heads=1, world_size=4, is_causal=True)
+        >>> plan.matrix(torch.float32, 1)  # keys and values of two rows, 4 bytes a number
+        [[0, 16, 0, 0], [0, 0, 0, 0], [0, 0, 0, 16], [0, 0, 0, 0]]
+        """
+        form = message(dtype, head_dim, batch=batch, phase=phase, masked=masked, refetch=refetch, with_lse=with_lse)
+        numbers = range(len(self.branches)) if branch is None else [self._check("branch", branch, len(self.branches))]
+        crossings = [crossing for number in numbers for crossing in self.crossings(number)]
+        return matrix(crossings, self.world_size, form)
+
+    def pairs(self) -> tuple[tuple[int, ...], ...]:
+        """Pairs of a query and a key that each rank attends, ``pairs()[rank][branch]``, over all heads.
+
+        What ranks compute is in proportion: ``4 * head_dim`` operations a pair forward. Bytes are not all that differs
+        between exchanges: by "gather" a rank attends its own rows, by "heads" whole heads, as long as there are any.
+
+        >>> from dilated_ring import make_plan
+        >>> make_plan(8, [8], [1], heads=2, world_size=4, exchange="heads").pairs()
+        ((64,), (64,), (0,), (0,))
+        """
+        found = [attended_pairs(self.bounds, branch, self.crossings(branch.number)) for branch in self.branches]
+        return tuple(zip(*found, strict=True))
+
+    def peers(self, rank: int) -> Peers:
+        """Who a rank sends to and receives from.
+
+        >>> from dilated_ring import make_plan
+        >>> make_plan(8, [4], [1], heads=1, world_size=4, is_causal=True).peers(1)
+        Peers(sends_to=(), receives_from=(0,))
+        """
+        self._check("rank", rank, self.world_size)
+        sends_to, receives_from = set[int](), set[int]()
+        for branch in self.branches:
+            for crossing in self.crossings(branch.number):
+                if not crossing.held_by(rank):
+                    continue
+                for owner, attending, _ in between(crossing, rank):
+                    # Rows go out; by heads, results come back.
+                    for source, destination in ((owner, attending), (attending, owner))[: 1 + crossing.by_heads]:
+                        if source == rank:
+                            sends_to.add(destination)
+                        else:
+                            receives_from.add(source)
+        return Peers(tuple(sorted(sends_to)), tuple(sorted(receives_from)))
+
+    def ranges(self, rank: int) -> Iterator[RowRange]:
+        """Everything that a rank gets from others in a forward pass, as ranges of positions; results left out.
+
+        By "gather" that is, for every head, each key that it does not hold and its queries meet in a branch, once.
+
+        >>> from dilated_ring import make_plan
+        >>> plan = make_plan(8, [4], [2], heads=2, world_size=4)
+        >>> [tuple(each) for each in plan.ranges(1)]  # of head 0 position 0, of head 1 position 1
+        [(0, 0, 'keys', 0, 0, 1, 2, (0,)), (0, 0, 'keys', 1, 1, 2, 2, (1,))]
+        """
+        return ranges_of(self.for_rank(rank), self.bounds)
+
+    def describe(self, dtype: torch.dtype = torch.bfloat16, head_dim: int = 64) -> str:
+        """A page about the plan: shards, branches and why each gets its rows as it does, and bytes of every rank.
+
+        Args:
+            dtype, head_dim: of query, key and value; batch is 1, unmasked, and the backward keeps what it gathered.
+
+        >>> from dilated_ring import make_plan
+        >>> print(make_plan(1 << 20, [1024, 1 << 20], [1, 16], heads=16, world_size=8).describe())
+        1,048,576 tokens...
+        """
+        return description.describe(self, dtype, head_dim)
+
+    def save_picture(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        head_dim: int = 64,
+        phase: str = "forward",
+    ) -> None:
+        """Draw who sends how much to whom, in all and in each branch, and what each rank receives; a PNG at ``path``.
+
+        Args:
+            dtype, head_dim, phase: as of ``bytes``; batch is 1, unmasked, and the backward keeps what it gathered.
+
+        Raises:
+            ImportError: matplotlib is not installed; it says what to install.
+        """
+        picture.save_picture(self, path, dtype, head_dim, phase)
+
+    @staticmethod
+    def _check(name: str, number: int, count: int) -> int:
+        """Return it if it is a number below ``count``."""
+        if checks.length(name, number) >= count:
+            raise ValueError(f"{name}: expected a number below {count}, got {number}")
+        return number
+
     def _inner(self, rank: int, block: int) -> tuple[Tile, ...]:
         """The segments that lie in the rank's shard altogether, rate 1 first."""
-        low, high = self.bounds[rank : rank + 2]
+        low = self.bounds[rank]
         tiles: list[Tile] = []
         for branch in self.branches:
             runs = branch.runs(block, range(self.kv_heads))
-            length = branch.segment_length
-            first = -(-low // length) * length
-            whole = max(0, (high - first) // length)
-            tail = first + whole * length
-            # (start, segments, length): the whole ones, then the short one at the end of the sequence.
-            groups = [(first, whole, length)] if whole else []
-            if low <= tail < high == self.seq_len:
-                groups.append((tail, 1, high - tail))
-            for start, segments, stop in groups:
+            for start, segments, length in inner_segments(self.bounds, branch, rank):
                 cuts = cut_segments(
                     runs,
                     branch.rate,
                     start=start - low,
                     segments=segments,
-                    segment_length=length,
-                    length=stop,
+                    segment_length=branch.segment_length,
+                    length=length,
                     first=0,
-                    stop=stop,
+                    stop=length,
                     full_rows=branch.full_rows,
                 )
                 tiles += [cut.tile for cut in cuts]
         return tuple(sorted(tiles, key=lambda tile: tile.rate))
-
-
-def make_plan(
-    sequence: int | Sequence[int],
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    heads: int,
-    world_size: int | None = None,
-    *,
-    kv_heads: int | None = None,
-    is_causal: bool = False,
-    semantics: str = "paper",
-    exchange: str = "auto",
-) -> RingPlan:
-    """Plan dilated attention over shards of one sequence.
-
-    Args:
-        sequence: its length in tokens, for shards as equal as can be; or the bounds of the shards, ``world_size + 1``
-            positions that rise from 0 to the length (shards may be empty).
-        segment_lengths, dilation_rates: the pattern, as in ``dilated_core.dilated_attention``.
-        heads: query heads.
-        world_size: how many ranks; needed with a length, and if given with bounds, checked.
-        kv_heads: key and value heads, a divisor of heads; None for as many.
-        is_causal, semantics: as in ``dilated_core.dilated_attention``.
-        exchange: "auto" lets each branch do what brings the busiest rank fewer bytes; "gather" and "heads" force it.
-
-    Raises:
-        TypeError, ValueError: an argument of a wrong type or value.
-
-    >>> plan = make_plan(1 << 20, [1024, 32768, 1 << 20], [1, 4, 16], heads=16, world_size=8)
-    >>> plan.exchanges
-    ('none', 'none', 'heads')
-    """
-    lengths, rates = checks.branches(segment_lengths, dilation_rates)
-    bounds = _bounds(sequence, world_size)
-    heads = checks.positive_integer("heads", heads)
-    kv_heads = heads if kv_heads is None else checks.positive_integer("kv_heads", kv_heads)
-    if heads % kv_heads:
-        raise ValueError(f"kv_heads: expected a divisor of the {heads} heads, got {kv_heads}")
-    checks.boolean("is_causal", is_causal)
-    checks.semantics(semantics)
-    checks.choice("exchange", exchange, EXCHANGES)
-    draft = RingPlan(bounds, lengths, rates, heads, kv_heads, is_causal, semantics, ("none",) * len(lengths))
-    if semantics == "torchscale":
-        for branch in draft.branches:
-            check_torchscale(branch.number, branch.segment_length, branch.rate, draft.seq_len)
-    chosen = tuple(_exchange(bounds, branch, exchange) for branch in draft.branches)
-    return RingPlan(bounds, lengths, rates, heads, kv_heads, is_causal, semantics, chosen)
 
 
 def _branches(plan: RingPlan) -> tuple[Branch, ...]:
@@ -163,44 +274,3 @@ def _branches(plan: RingPlan) -> tuple[Branch, ...]:
         )
         for number, (segment_length, rate) in enumerate(zip(plan.segment_lengths, plan.dilation_rates, strict=True))
     )
-
-
-def _bounds(sequence: int | Sequence[int], world_size: int | None) -> tuple[int, ...]:
-    if world_size is not None:
-        checks.positive_integer("world_size", world_size)
-    if not isinstance(sequence, Sequence):
-        if world_size is None:
-            raise ValueError("world_size: expected a number of ranks beside a length, got None")
-        return even_bounds(checks.length("sequence", sequence), world_size)
-    return check_bounds(sequence, world_size)
-
-
-def find_crossings(bounds: tuple[int, ...], branch: Branch, *, by_heads: bool) -> list[Crossing]:
-    """The branch's segments that lie on several ranks, in order."""
-    members: dict[int, list[Part]] = {}  # of a segment's number, only of those that a shard's bound cuts
-    length, seq_len = branch.segment_length, bounds[-1]
-    for rank, (low, high) in enumerate(pairwise(bounds)):
-        if low == high:
-            continue
-        for number in sorted({low // length, (high - 1) // length}):
-            start = number * length
-            stop = min(start + length, seq_len)
-            if start < low or stop > high:
-                first = max(low, start)
-                members.setdefault(number, []).append(Part(rank, first - start, min(high, stop) - start, first - low))
-    return [
-        Crossing(branch, number * length, min(length, seq_len - number * length), tuple(parts), by_heads)
-        for number, parts in sorted(members.items())
-    ]
-
-
-def _exchange(bounds: tuple[int, ...], branch: Branch, exchange: str) -> str:
-    """How a branch gets its rows: what brings the busiest rank fewer rows, unless told."""
-    crossings = find_crossings(bounds, branch, by_heads=False)
-    if not crossings:
-        return "none"
-    if exchange != "auto":
-        return exchange
-    gathered = busiest_rows(crossings)
-    by_heads = busiest_rows([crossing._replace(by_heads=True) for crossing in crossings])
-    return "heads" if by_heads < gathered else "gather"

@@ -18,6 +18,17 @@ def even_bounds(length: int, parts: int) -> tuple[int, ...]:
     return tuple(part * size + min(part, more) for part in range(parts + 1))
 
 
+def even_part(length: int, parts: int, number: int) -> slice:
+    """One of these shards.
+
+    >>> even_part(10, 4, 1)
+    slice(3, 6, None)
+    """
+    size, more = divmod(length, parts)
+    start = number * size + min(number, more)
+    return slice(start, start + size + (number < more))
+
+
 def check_bounds(bounds: Sequence[int], world_size: int | None = None) -> tuple[int, ...]:
     """Return where shards start and end, as a tuple: ``world_size + 1`` positions that rise from 0.
 
