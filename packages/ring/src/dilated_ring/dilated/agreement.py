@@ -71,6 +71,7 @@ def settle(
             "key_padding_mask": "given" if call.masked else None,
             "return_aux.lse": call.with_lse,
             "gradients": call.differentiable,
+            "refetch": not call.keep if call.differentiable else None,
         }
         lengths = agree(comm, fields, length)
         bounds = bounds or (0, *accumulate(lengths))

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from dilated_core import Allocator, AuxOutput, AuxRequest, PatternStore, checks
 from dilated_core.attend import dropout_seed
 from dilated_core.fused import Options
+from dilated_core.kernels import Needs, choose
 from dilated_ring.comm import Comm, comm_of, refuse
 from dilated_ring.dilated.agreement import Call
 from dilated_ring.dilated.operators import Extras, ring_attention_function
@@ -167,6 +168,8 @@ def dilated_ring_attention(
             bounds = _own_bounds(bounds, comm, query.shape[1])
         signed_scale = checks.softmax_scale(scale, query.shape[3])
         query, scale = checks.query_and_scale(query, scale)
+        if not torch.compiler.is_compiling():
+            choose(kernel, query.device, query.dtype, query.shape[3], Needs(real is not None, dropout_p > 0))
         seed = dropout_seed(dropout_p, generator)
     except (TypeError, ValueError, NotImplementedError) as error:
         if (bounds is None or verify is not False) and not torch.compiler.is_compiling():

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
 from dilated_core.autograd import make_differentiable
@@ -80,19 +79,36 @@ class _Function(torch.autograd.Function):
         return out, lse.transpose(1, 2)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, real, seed, out, lse, *flat = ctx.saved_tensors
-        comm, call, resources, plan = ctx.rest
+        comm, call, resources, _ = ctx.rest
         settle(comm, call, query, key, "backward", resources.patterns)
-        kept = None if ctx.shape is None else _unflatten(ctx.shape, flat)
-        inputs = Extras(real, seed).inputs(query, key, value)
         if grad_lse is not None:
             grad_lse = grad_lse.transpose(1, 2)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         grad_lse = _like_the_others(call, grad_lse, lse)
-        grads = _backward(comm, plan, inputs, call.options, resources, grad_out, grad_lse, out, lse, kept)
+        grads = _Gradient.apply(  # type: ignore[no-untyped-call]
+            query, key, value, grad_out, grad_lse, out, lse, Extras(real, seed), flat, ctx.shape, ctx.rest
+        )
         return (*grads, None, None, None, None, None)
+
+
+class _Gradient(torch.autograd.Function):
+    """Of (query, key, value, grad_out, grad_lse, out, lse, extras, kept rows, rest).
+
+    A function of its own, so that a second derivative is an error and not a zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *more: Any) -> tuple[Tensor, ...]:
+        *results, extras, flat, shape, (comm, call, resources, plan) = more
+        kept = None if shape is None else _unflatten(shape, flat)
+        inputs = extras.inputs(query, key, value)
+        return _backward(comm, plan, inputs, call.options, resources, *results, kept)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError("dilated_ring_attention: second derivatives are not defined")
 
 
 def _forward(
