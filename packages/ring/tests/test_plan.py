@@ -586,3 +586,21 @@ def test_the_benchmark_checks_and_computes(tmp_path: Path) -> None:
     assert {row["ranks"] for row in results["scaling"]} == {1, 8, 64}
     page = (tmp_path / "traffic.md").read_text()
     assert "| paper | 1M | 64 | 5.3 MiB | 10.7 MiB | 336.2 MiB (another grid) | 3.9 GiB | **756** |" in page
+
+
+def test_each_branch_can_be_told_how_it_gets_its_rows() -> None:
+    plan = make_plan(64, [64, 64, 4], [2, 4, 1], heads=4, world_size=4, exchange=["heads", "gather", "auto"])
+    assert plan.exchanges == ("heads", "gather", "none")
+
+
+@pytest.mark.parametrize(
+    ("exchange", "kind", "message"),
+    [
+        (["heads"], ValueError, "exchange: expected one for each of the 2 branches, got 1"),
+        (["heads", "ring"], ValueError, r"exchange\[1\]: expected one of \['auto', 'gather', 'heads'\], got 'ring'"),
+        (1, TypeError, "exchange: expected one of"),
+    ],
+)
+def test_a_wrong_exchange_is_named(exchange: object, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        make_plan(8, [8, 8], [1, 2], heads=2, world_size=2, exchange=exchange)  # type: ignore[arg-type]

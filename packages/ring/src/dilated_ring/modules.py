@@ -14,7 +14,7 @@ from dilated_core import Allocator, DilatedAttention, DilatedKVCache, MultiheadD
 from dilated_ring.comm import Comm, agree, comm_of, refuse
 from dilated_ring.dilated.functional import dilated_ring_attention
 from dilated_ring.plan import check_bounds
-from dilated_ring.plan.ring_plan import EXCHANGES
+from dilated_ring.plan.ring_plan import check_exchange
 
 Group = ProcessGroup | DeviceMesh | Comm | None
 
@@ -56,7 +56,7 @@ class RingDilatedAttention(DilatedAttention):
         *,
         group: Group = None,
         bounds: Sequence[int] | None = None,
-        exchange: str = "auto",
+        exchange: str | Sequence[str] = "auto",
         refetch: bool = False,
         verify: bool = True,
         is_causal: bool = False,
@@ -82,7 +82,8 @@ class RingDilatedAttention(DilatedAttention):
         size = None if group is None else comm_of(group).size
         self._held = _Held(group)
         self.bounds = None if bounds is None else check_bounds(bounds, size)
-        self.exchange = checks.choice("exchange", exchange, EXCHANGES)
+        check_exchange(exchange, self.pattern.branches)
+        self.exchange = exchange
         self.refetch = checks.boolean("refetch", refetch)
         self.verify = checks.boolean("verify", verify)
 
@@ -205,7 +206,7 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
         rotary: nn.Module | None = None,
         group: Group = None,
         bounds: Sequence[int] | None = None,
-        exchange: str = "auto",
+        exchange: str | Sequence[str] = "auto",
         refetch: bool = False,
         verify: bool = True,
         softmax_scale: float | None = None,

@@ -19,7 +19,7 @@ class Call(NamedTuple):
     Attributes:
         options: what is computed; ranks may differ in its kernel only.
         bounds: of the shards; None to ask the ranks for their lengths.
-        exchange: "auto", "gather" or "heads".
+        exchange: "auto", "gather" or "heads", for each branch.
         verify: whether ranks compare their calls where the bounds are given.
         masked: whether they have key padding masks.
         with_lse: whether the lse is asked for, and so may have a gradient.
@@ -30,7 +30,7 @@ class Call(NamedTuple):
 
     options: Options
     bounds: tuple[int, ...] | None
-    exchange: str
+    exchange: tuple[str, ...]
     verify: bool
     masked: bool
     with_lse: bool
@@ -67,7 +67,7 @@ def settle(
             "device": query.device.type,
             **options._replace(kernel="", scale=call.signed_scale)._asdict(),
             "bounds": bounds,
-            "exchange": call.exchange,
+            "exchange": _words(call.exchange),
             "key_padding_mask": "given" if call.masked else None,
             "return_aux.lse": call.with_lse,
             "gradients": call.differentiable,
@@ -95,3 +95,8 @@ def settle(
     what = *options[:4], bounds, query.shape[2], key.shape[2], call.exchange, comm.rank
     plan: RankPlan = patterns.get_or_create(("dilated_ring.rank_plan", *what), create)
     return plan
+
+
+def _words(exchange: tuple[str, ...]) -> str:
+    """How each branch gets its rows, one word where all do alike."""
+    return exchange[0] if len(set(exchange)) == 1 else ", ".join(exchange)

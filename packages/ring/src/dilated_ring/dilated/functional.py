@@ -18,7 +18,7 @@ from dilated_ring.comm import Comm, comm_of, refuse
 from dilated_ring.dilated.agreement import Call
 from dilated_ring.dilated.operators import Extras, ring_attention_function
 from dilated_ring.plan import check_bounds
-from dilated_ring.plan.ring_plan import EXCHANGES
+from dilated_ring.plan.ring_plan import check_exchange
 
 
 @overload
@@ -38,7 +38,7 @@ def dilated_ring_attention(
     key_padding_mask: Tensor | None = None,
     enable_gqa: bool = False,
     semantics: str = "paper",
-    exchange: str = "auto",
+    exchange: str | Sequence[str] = "auto",
     refetch: bool = False,
     verify: bool = True,
     kernel: str = "auto",
@@ -65,7 +65,7 @@ def dilated_ring_attention(
     key_padding_mask: Tensor | None = None,
     enable_gqa: bool = False,
     semantics: str = "paper",
-    exchange: str = "auto",
+    exchange: str | Sequence[str] = "auto",
     refetch: bool = False,
     verify: bool = True,
     kernel: str = "auto",
@@ -91,7 +91,7 @@ def dilated_ring_attention(
     key_padding_mask: Tensor | None = None,
     enable_gqa: bool = False,
     semantics: str = "paper",
-    exchange: str = "auto",
+    exchange: str | Sequence[str] = "auto",
     refetch: bool = False,
     verify: bool = True,
     kernel: str = "auto",
@@ -120,7 +120,7 @@ def dilated_ring_attention(
         generator: of this rank's dropout seed; the global one by default.
         key_padding_mask: (batch, local seq), bool, True where this rank's key is real; on all ranks or on none.
         exchange: "auto" lets each branch move what brings the busiest rank fewer bytes; "gather": the keys and values
-            that rows attend; "heads": all rows of some heads.
+            that rows attend; "heads": all rows of some heads. One for all branches, or a sequence with one for each.
         refetch: False keeps gathered rows for the backward, ``plan.bytes`` of them; True frees them and gathers again.
             Under torch.compile they are always gathered again.
         verify: whether ranks compare how they were called before rows travel, in a small exchange of its own. Without
@@ -155,11 +155,11 @@ def dilated_ring_attention(
         checks.boolean("verify", verify)
         checks.semantics(semantics)
         checks.kernel(kernel)
-        checks.choice("exchange", exchange, EXCHANGES)
         dropout_p = checks.probability("dropout_p", dropout_p)
         if return_aux is not None and not isinstance(return_aux, AuxRequest):
             raise TypeError(f"return_aux: expected an AuxRequest or None, got {type(return_aux).__name__}")
         lengths, rates = checks.branches(segment_lengths, dilation_rates)
+        exchanges = check_exchange(exchange, len(rates))
         resources = checks.resources(allocator, patterns)
         query, key, value = checks.autocast(query, key, value)
         query, key, value = checks.query_key_value(query, key, value, same_length=True, enable_gqa=enable_gqa)
@@ -179,7 +179,7 @@ def dilated_ring_attention(
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     keep = differentiable and not refetch
     with_lse = return_aux is not None and return_aux.lse
-    call = Call(options, bounds, exchange, verify, real is not None, with_lse, signed_scale, keep, differentiable)
+    call = Call(options, bounds, exchanges, verify, real is not None, with_lse, signed_scale, keep, differentiable)
     out, lse = ring_attention_function(query, key, value, Extras(real, seed), comm, call, resources)
     if semantics == "grouped":
         out = out / len(rates)

@@ -51,7 +51,7 @@ def ring_attention_function(
             *extras,
             comm.group.group_name,
             list(call.bounds or ()),
-            call.exchange,
+            ",".join(call.exchange),
             call.verify,
             call.with_lse,
             call.signed_scale,
@@ -160,6 +160,11 @@ def _unflatten(shape: Shape, flat: list[Tensor]) -> Kept:
 # ------------------------------------------------------------------------------------------------ operator
 
 
+def _call(options: Options, bounds: Sequence[int], exchange: str, *rest: Any) -> Call:
+    """The call, from what an operator's schema can hold: no bounds for none, and words with commas between them."""
+    return Call(options, tuple(bounds) or None, tuple(exchange.split(",")), *rest)
+
+
 @custom_op("dilated_ring::dilated_ring_attention", mutates_args=())
 def _operator(
     query: Tensor,
@@ -182,7 +187,9 @@ def _operator(
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     options = Options(tuple(segment_lengths), tuple(dilation_rates), semantics, is_causal, scale, dropout_p, kernel)
-    call = Call(options, tuple(bounds) or None, exchange, verify, real is not None, with_lse, signed_scale)
+    call = Call(
+        options, tuple(bounds) or None, tuple(exchange.split(",")), verify, real is not None, with_lse, signed_scale
+    )
     comm = comm_named(group_name)
     plan = settle(comm, call, query, key, "forward")
     out, lse, _ = _forward(comm, plan, Extras(real, seed).inputs(query, key, value), options, NO_RESOURCES)
@@ -220,7 +227,9 @@ def _backward_operator(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(tuple(segment_lengths), tuple(dilation_rates), semantics, is_causal, scale, dropout_p, kernel)
-    call = Call(options, tuple(bounds) or None, exchange, verify, real is not None, with_lse, signed_scale)
+    call = Call(
+        options, tuple(bounds) or None, tuple(exchange.split(",")), verify, real is not None, with_lse, signed_scale
+    )
     comm = comm_named(group_name)
     plan = settle(comm, call, query, key, "backward")
     inputs = Extras(real, seed).inputs(query, key, value)

@@ -8,7 +8,7 @@ from dilated_core import checks
 from dilated_core.plan import check_torchscale
 from dilated_ring.plan.cost import busiest_rows
 from dilated_ring.plan.crossing import Branch, find_crossings
-from dilated_ring.plan.ring_plan import EXCHANGES, RingPlan
+from dilated_ring.plan.ring_plan import RingPlan, check_exchange
 from dilated_ring.plan.sharding import check_bounds, even_bounds
 
 
@@ -22,7 +22,7 @@ def make_plan(
     kv_heads: int | None = None,
     is_causal: bool = False,
     semantics: str = "paper",
-    exchange: str = "auto",
+    exchange: str | Sequence[str] = "auto",
 ) -> RingPlan:
     """Plan dilated attention over shards of one sequence.
 
@@ -35,6 +35,7 @@ def make_plan(
         kv_heads: key and value heads, a divisor of heads; None for as many.
         is_causal, semantics: as in ``dilated_core.dilated_attention``.
         exchange: "auto" lets each branch do what brings the busiest rank fewer bytes; "gather" and "heads" force it.
+            One for all branches, or a sequence with one for each.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type or value.
@@ -51,12 +52,12 @@ def make_plan(
         raise ValueError(f"kv_heads: expected a divisor of the {heads} heads, got {kv_heads}")
     checks.boolean("is_causal", is_causal)
     checks.semantics(semantics)
-    checks.choice("exchange", exchange, EXCHANGES)
+    exchanges = check_exchange(exchange, len(lengths))
     draft = RingPlan(bounds, lengths, rates, heads, kv_heads, is_causal, semantics, ("none",) * len(lengths))
     if semantics == "torchscale":
         for branch in draft.branches:
             check_torchscale(branch.number, branch.segment_length, branch.rate, draft.seq_len)
-    chosen = tuple(_exchange(bounds, branch, exchange) for branch in draft.branches)
+    chosen = tuple(_exchange(bounds, *each) for each in zip(draft.branches, exchanges, strict=True))
     return RingPlan(bounds, lengths, rates, heads, kv_heads, is_causal, semantics, chosen)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
@@ -22,6 +22,19 @@ from dilated_ring.plan.traffic import Traffic, matrix, message, traffic
 from dilated_ring.plan.work import attended_pairs
 
 EXCHANGES = ("auto", "gather", "heads")
+
+
+def check_exchange(exchange: object, branches: int) -> tuple[str, ...]:
+    """Return how each branch is to get its rows: one of EXCHANGES for all of them, or a sequence with one for each.
+
+    Raises:
+        TypeError, ValueError: it is neither.
+    """
+    if isinstance(exchange, str) or not isinstance(exchange, Sequence):
+        return (checks.choice("exchange", exchange, EXCHANGES),) * branches
+    if len(exchange) != branches:
+        raise ValueError(f"exchange: expected one for each of the {branches} branches, got {len(exchange)}")
+    return tuple(checks.choice(f"exchange[{index}]", each, EXCHANGES) for index, each in enumerate(exchange))
 
 
 class Peers(NamedTuple):
