@@ -63,6 +63,12 @@ FAULTS: dict[str, Fault] = {
         r"exchange: expected one of \['auto', 'gather', 'heads'\], got 'ring'",
     ),
     "exchange not a string": ({"exchange": None}, TypeError, "exchange: expected one of .* got None"),
+    "exchange for one branch of two": (
+        {"exchange": ["gather"]},
+        ValueError,
+        "exchange: expected one for each of the 2 branches, got 1",
+    ),
+    "exchange unknown of one branch": ({"exchange": ["gather", "ring"]}, ValueError, "exchange.*: expected .*'ring'"),
     "semantics unknown": ({"semantics": "longnet"}, ValueError, "semantics: expected one of .* got 'longnet'"),
     "scale a string": ({"scale": "0.1"}, TypeError, "scale: expected a float or None"),
     "scale not finite": ({"scale": float("nan")}, ValueError, "scale: expected a finite float"),

@@ -37,6 +37,7 @@ VARIANTS: dict[str, tuple[Case, dict[str, Any]]] = {
     "causal-heads": (replace(CASE, is_causal=True, exchange="heads"), {}),
     "torchscale-gather": (replace(CASE, exchange="gather").meaning("torchscale"), {}),
     "grouped-masked": (replace(CASE, mask="random").meaning("grouped"), {}),
+    "exchange-of-each": (CASE, {"exchange": ("gather", "heads", "auto")}),
     "negative-scale": (replace(CASE, scale=-0.3), {}),
     "dropout": (replace(CASE, exchange="heads"), {"dropout_p": 0.4}),
 }
@@ -214,9 +215,9 @@ def check_operators(rank: int) -> str:
         "is_causal": False, "scale": 0.3, "signed_scale": -0.3, "kernel": "auto",
     }  # fmt: skip
     for real_or_none, seed, bounds, exchange, semantics, dropout_p in (
-        (None, None, [], "auto", "paper", 0.0),
-        (real, None, [0, 11, 41], "heads", "torchscale", 0.0),
-        (None, torch.tensor(7), [], "gather", "grouped", 0.5),
+        (None, None, [], "auto,heads", "paper", 0.0),
+        (real, None, [0, 11, 41], "heads,heads", "torchscale", 0.0),
+        (None, torch.tensor(7), [], "gather,gather", "grouped", 0.5),
     ):
         extras = {
             **common, "real": real_or_none, "seed": seed, "bounds": bounds, "exchange": exchange,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -62,6 +63,14 @@ def test_every_combination_of_options(
     """Cotangents of out and of lse; padding holds NaN and infinity, in whole shards and whole batch rows too."""
     case = replace(case, kv_heads=kv_heads, mask=mask, is_causal=is_causal, exchange=exchange).meaning(semantics)
     check(replace(case, refetch=is_causal))
+
+
+@causal_or_not
+@pytest.mark.parametrize("semantics", SEMANTICS)
+def test_each_branch_has_its_own_exchange(semantics: str, is_causal: bool) -> None:
+    case = replace(MIXED_CASES[0], is_causal=is_causal, mask="random", kv_heads=2).meaning(semantics)
+    for exchanges in itertools.product(EXCHANGES[1:], repeat=3):
+        check(case, exchange=exchanges)
 
 
 @settings(max_examples=150)

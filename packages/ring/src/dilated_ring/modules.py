@@ -165,8 +165,9 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
     this rank's rows: their sum over the ranks is the whole sequence's.
 
     Args:
-        embed_dim, num_heads, segment_lengths, dilation_rates, dropout, bias, layer_norm, layer_norm_eps, gamma_init,
-            kv_heads, device, dtype: as in dilated_core.MultiheadDilatedAttention.
+        embed_dim, num_heads, segment_lengths, dilation_rates, dropout, bias: as in
+            dilated_core.MultiheadDilatedAttention.
+        layer_norm, layer_norm_eps, gamma_init, kv_heads, device, dtype: the same.
         rotary: a module called as ``rotary(query, key, start=...) -> (query, key)`` on (batch, local seq, heads,
             head_dim) after the projections; start is the position of the shard's first row in the whole sequence.
         group, bounds, exchange, refetch, verify: as in RingDilatedAttention. Without ``bounds``, a ``rotary`` costs one
