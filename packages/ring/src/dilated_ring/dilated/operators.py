@@ -81,12 +81,12 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, real, seed, out, lse, *flat = ctx.saved_tensors
-        comm, call, resources, _ = ctx.rest
+        comm, call, resources, plan = ctx.rest
         settle(comm, call, query, key, "backward", resources.patterns)
         if grad_lse is not None:
             grad_lse = grad_lse.transpose(1, 2)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-        grad_lse = _like_the_others(call, grad_lse, lse)
+        grad_lse = _like_the_others(call, plan, grad_lse, lse)
         grads = _Gradient.apply(  # type: ignore[no-untyped-call]
             query, key, value, grad_out, grad_lse, out, lse, Extras(real, seed), flat, ctx.shape, ctx.rest
         )
@@ -128,9 +128,10 @@ def _backward(
     return Rank(comm, plan, inputs, options, resources).backward(*results)
 
 
-def _like_the_others(call: Call, grad_lse: Tensor | None, lse: Tensor) -> Tensor | None:
-    """The gradient of lse, zeros where another rank may have one: all exchange the same kinds of rows."""
-    return torch.zeros_like(lse) if call.with_lse and grad_lse is None else grad_lse
+def _like_the_others(call: Call, plan: RankPlan, grad_lse: Tensor | None, lse: Tensor) -> Tensor | None:
+    """The gradient of lse, zeros where it travels and another rank may have one: all exchange the same kinds of rows."""
+    travels = call.with_lse and any(route.by_heads for route in plan.routes)
+    return torch.zeros_like(lse) if travels and grad_lse is None else grad_lse
 
 
 # ------------------------------------------------------------------------------------------------ kept rows
@@ -234,7 +235,7 @@ def _backward_operator(
     plan = settle(comm, call, query, key, "backward")
     inputs = Extras(real, seed).inputs(query, key, value)
     lse = lse.transpose(1, 2)
-    grad_lse = _like_the_others(call, None if grad_lse is None else grad_lse.transpose(1, 2), lse)
+    grad_lse = _like_the_others(call, plan, None if grad_lse is None else grad_lse.transpose(1, 2), lse)
     return _backward(comm, plan, inputs, options, NO_RESOURCES, grad_out, grad_lse, out, lse, None)
 
 
