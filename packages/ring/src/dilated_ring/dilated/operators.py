@@ -129,7 +129,7 @@ def _backward(
 
 
 def _like_the_others(call: Call, plan: RankPlan, grad_lse: Tensor | None, lse: Tensor) -> Tensor | None:
-    """The gradient of lse, zeros where it travels and another rank may have one: all exchange the same kinds of rows."""
+    """The gradient of lse, zeros where it travels and another rank may have one: all send the same kinds of rows."""
     travels = call.with_lse and any(route.by_heads for route in plan.routes)
     return torch.zeros_like(lse) if travels and grad_lse is None else grad_lse
 
