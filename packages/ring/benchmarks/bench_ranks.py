@@ -1,7 +1,7 @@
 """dilated_ring_attention over processes: CPU time of all ranks against one process's, and bytes against a ring's.
 
     python bench_ranks.py                                     2 and 4 processes on gloo, two patterns, causal and not
-    python bench_ranks.py --ranks 2 --tokens 4096 --repeats 1 --json ranks.json
+    python bench_ranks.py --ranks 2 --tokens 4096 --repeats 1 --output results
 
 Figures are CPU time, not wall time, as there may be fewer processors than ranks: process_time of every rank, with one
 thread for the operations, and that of the threads of gloo. One process, alone and all ranks side by side each with the
@@ -386,17 +386,21 @@ def main() -> None:
     parser.add_argument("--patterns", choices=PATTERNS, nargs="+", default=list(PATTERNS))
     parser.add_argument("--causal", choices=["no", "yes"], nargs="+", default=["no", "yes"])
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--json", type=Path, default=Path("docs/benchmarks/ring-ranks.json"))
+    parser.add_argument("--device", default="cpu", help="cpu; elsewhere there is nothing to measure")
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     arguments = parser.parse_args()
+    if arguments.device != "cpu":
+        print("ranks: this measures processes on a CPU")
+        return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the ranks, from their first import on
     torch.set_num_threads(1)
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"environment": measure.environment(), "rows": [], "peer": []}
 
     def write() -> None:
         """After every row, so that a run cut short keeps what it measured."""
-        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
-        arguments.json.with_suffix(".md").write_text(report(results))
+        (arguments.output / "ring_ranks.json").write_text(json.dumps(results, indent=1) + "\n")
+        (arguments.output / "ring_ranks.md").write_text(report(results))
 
     def problem(name: str, causal: str, tokens: int, ranks: int) -> Problem:
         lengths, rates = PATTERNS.get(name, ((tokens,), (1,)))

@@ -201,8 +201,8 @@ def main() -> None:
                         print("\n".join(table(found).splitlines()[2:]), flush=True)
                         # After every size, so that a run cut short keeps what it measured.
                         results = {"environment": environment, "rows": rows}
-                        (folder / "streaming.json").write_text(json.dumps(results, indent=1) + "\n")
-                        (folder / "streaming.md").write_text(report(rows, environment))
+                        (folder / "ring_streaming.json").write_text(json.dumps(results, indent=1) + "\n")
+                        (folder / "ring_streaming.md").write_text(report(rows, environment))
 
 
 if __name__ == "__main__":

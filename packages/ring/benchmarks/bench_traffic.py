@@ -2,12 +2,12 @@
 
     python bench_traffic.py                                  64k to 1 billion tokens, 2 to 1,024 ranks
     python bench_traffic.py --tokens 1048576 --ranks 8 64    some of them
-    python bench_traffic.py --json traffic.json --no-plot    elsewhere, without the picture
+    python bench_traffic.py --output results --no-plot      elsewhere, without the picture
 
 Nothing here is measured but the check, which comes first: small plans of every pattern are run on virtual ranks,
 forward and backward; the output must be the float64 definition's, and every rank must have received exactly the bytes
 that its plan says. Then the same formulas are evaluated at sizes that no test can run. Writes JSON, a Markdown page
-beside it and a picture (default: docs/benchmarks/ring-traffic.*); the picture needs matplotlib.
+beside it and a picture (default: docs/benchmarks/ring_traffic.*); the picture needs matplotlib.
 """
 
 from __future__ import annotations
@@ -402,7 +402,7 @@ def draw(results: dict[str, list[dict[str, object]]], path: Path) -> None:
 
 def plan_picture(path: Path, ranks: int) -> Path:
     """Where the plan's own picture lies, beside another."""
-    return path.with_name(f"{path.stem}-plan-{ranks}.png")
+    return path.with_name(f"{path.stem}_plan_{ranks}.png")
 
 
 def main() -> None:
@@ -410,9 +410,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
-    parser.add_argument("--json", type=Path, default=Path("docs/benchmarks/ring-traffic.json"))
+    parser.add_argument("--device", default="cpu", help="cpu; elsewhere there is nothing to compute")
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     parser.add_argument("--plot", action=argparse.BooleanOptionalAction, default=True)
     arguments = parser.parse_args()
+    if arguments.device != "cpu":
+        print("traffic: this is computed, on any machine")
+        return
     for tokens in arguments.tokens:
         for ranks in arguments.ranks:
             if tokens < 1 or ranks < 1 or tokens % ranks:
@@ -434,8 +438,8 @@ def main() -> None:
         for shard, most in SHARDS.items():
             results["scaling"] += [scaling(name, shard, ranks) for ranks in (1, *arguments.ranks) if ranks <= most]
     environment = measure.environment()
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    picture = arguments.json.with_suffix(".png") if arguments.plot else None
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    picture = arguments.output / "ring_traffic.png" if arguments.plot else None
     if picture is not None:
         draw(results, picture)
         for ranks in PICTURED:
@@ -443,8 +447,8 @@ def main() -> None:
             plan.save_picture(plan_picture(picture, ranks), dtype=DTYPE, head_dim=HEAD_DIM)
     sizes = {"heads": HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16", "flops": FLOPS, "links": LINKS}
     written = {"environment": environment, "sizes": sizes, **results}
-    arguments.json.write_text(json.dumps(written, indent=1) + "\n")
-    arguments.json.with_suffix(".md").write_text(page(results, environment, picture and picture.name))
+    (arguments.output / "ring_traffic.json").write_text(json.dumps(written, indent=1) + "\n")
+    (arguments.output / "ring_traffic.md").write_text(page(results, environment, picture and picture.name))
 
 
 if __name__ == "__main__":

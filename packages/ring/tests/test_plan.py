@@ -573,10 +573,10 @@ def test_bounds_are_returned_as_a_tuple() -> None:
 def test_the_benchmark_checks_and_computes(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "bench_traffic.py"
     sizes = ["--tokens", "65536", "1048576", "--ranks", "8", "64"]
-    command = [sys.executable, str(script), *sizes, "--json", str(tmp_path / "traffic.json"), "--no-plot"]
+    command = [sys.executable, str(script), *sizes, "--output", str(tmp_path), "--no-plot"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert ran.returncode == 0, ran.stderr
-    results = json.loads((tmp_path / "traffic.json").read_text())
+    results = json.loads((tmp_path / "ring_traffic.json").read_text())
     assert len(results["checks"]) == 6
     found = {(row["pattern"], row["tokens"], row["ranks"]): row["forward"] for row in results["traffic"]}
     assert found["paper", MIB, 8]["ours"] == 0
@@ -584,7 +584,7 @@ def test_the_benchmark_checks_and_computes(tmp_path: Path) -> None:
     assert found["paper", MIB, 64]["torchscale"] // MIB == 336
     assert found["GigaPath", MIB, 8]["torchscale"] == 672 * MIB
     assert {row["ranks"] for row in results["scaling"]} == {1, 8, 64}
-    page = (tmp_path / "traffic.md").read_text()
+    page = (tmp_path / "ring_traffic.md").read_text()
     assert "| paper | 1M | 64 | 5.3 MiB | 10.7 MiB | 336.2 MiB (another grid) | 3.9 GiB | **756** |" in page
 
 
