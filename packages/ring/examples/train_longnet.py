@@ -65,7 +65,7 @@ class Text:
     """Sequences cut from a file, one after the other, from its start again when it is used up."""
 
     def __init__(self, path: Path, context: int) -> None:
-        self.bytes = torch.tensor(list(path.read_bytes()))
+        self.bytes = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8)
         self.context = context
         if len(self.bytes) <= context:
             raise ValueError(f"text: expected more than {context} bytes in {path}, got {len(self.bytes)}")
@@ -76,7 +76,7 @@ class Text:
         """
         last = len(self.bytes) - self.context
         starts = [(position + number * self.context) % last for number in range(sequences)]
-        windows = torch.stack([self.bytes[start : start + self.context + 1] for start in starts])
+        windows = torch.stack([self.bytes[start : start + self.context + 1] for start in starts]).long()
         return Batch(windows[:, :-1], windows[:, 1:])
 
 
@@ -182,8 +182,11 @@ def train(arguments: argparse.Namespace, mesh: DeviceMesh) -> None:
     model = make_model(arguments, attention_type="ring", group=sequence, bounds=bounds)
     shard_model(model, mesh, arguments.dtype)
     training = Training(model, arguments.learning_rate)
+    path = last_complete(arguments.checkpoints) if arguments.checkpoints else None
+    if path is not None and not arguments.resume:
+        # Later, --resume would take the older run's last checkpoint, or one of which it is half.
+        raise SystemExit(f"--checkpoints: expected a folder without any, got {path} (--resume goes on from it)")
     if arguments.resume:
-        path = last_complete(arguments.checkpoints)
         if path is not None:
             checkpoint.load({"training": training}, checkpoint_id=path)
         say(f"resumed from {path}, {training.steps} steps done" if path else "no complete checkpoint: a new start")

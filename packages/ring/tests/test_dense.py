@@ -176,12 +176,20 @@ def test_results_share_no_memory() -> None:
         assert len({tensor.untyped_storage().data_ptr() for tensor in (out, *grads)}) == 4
 
 
-def test_second_derivatives_are_refused() -> None:
-    query = torch.randn(1, 6, 2, 4, requires_grad=True)
-    out = ring_attention(query, query, query, ring_size=2)
-    (grad,) = torch.autograd.grad(out.square().sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+@pytest.mark.parametrize("mode", ["ring", "all_to_all"])
+@pytest.mark.parametrize("power", [1, 2])
+def test_second_derivatives_are_refused(power: int, mode: str) -> None:
+    """Also where the gradient of the output is a constant, and beside a first derivative."""
+
+    def work(comm: Comm) -> None:
+        leaves = [torch.randn(1, 6, 2, 4, requires_grad=True) for _ in range(3)]
+        out = ring_attention(*leaves, group=comm, mode=mode)
+        grads = torch.autograd.grad(out.pow(power).sum(), leaves, create_graph=True)
+        for grad in grads:
+            with pytest.raises(RuntimeError, match="ring_attention: second derivatives are not defined"):
+                torch.autograd.grad(out.sum() + grad.square().sum(), leaves)
+
+    run_ranks(1, work)
 
 
 # ------------------------------------------------------------------------------------------------ shards and tiles
@@ -380,6 +388,16 @@ def test_the_next_keys_are_on_their_way_while_these_are_attended() -> None:
     assert run_ranks(3, work) == [[*hop, *hop, "attend"]] * 3
 
 
+@pytest.mark.parametrize(("ring_size", "tiles"), [(1, 1), (3, 3), (7, 4)])
+def test_one_device_attends_a_chunk_of_keys_at_a_time(ring_size: int, tiles: int) -> None:
+    """No more chunks than there are keys."""
+    events: list[str] = []
+    query = torch.randn(1, 4, 2, 8)
+    with Attended(events):
+        ring_attention(query, query, query, ring_size=ring_size, kernel="cpu_flash")
+    assert events == ["attend"] * tiles
+
+
 class Counting:
     """An allocator that knows the most bytes that it had out at a time."""
 
@@ -477,6 +495,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "integers": ({"tensor": ones(dtype=torch.int64)}, TypeError, "query: expected float64"),
     "scale": ({"scale": float("nan")}, ValueError, "scale: expected a finite float"),
     "mask": ({"key_padding_mask": torch.ones(1, 4, dtype=torch.bool)}, ValueError, "key_padding_mask: expected shape"),
+    "ring-size": ({"ring_size": 2}, ValueError, "ring_size: expected None with a group, got 2"),
     "bounds": ({"bounds": 7}, TypeError, "bounds: expected a sequence"),
     "bounds-fall": ({"bounds": (0, 4, 3)}, ValueError, "bounds: expected positions that rise"),
     "bounds-count": ({"bounds": (0, 3)}, ValueError, r"bounds: expected world_size \+ 1 = 3 positions, got 2"),

@@ -56,15 +56,17 @@ class ProcessGroupComm:
     ) -> Transfer:
         """Start an uneven all-to-all, see Comm."""
         check_exchange(self, received, sent, received_counts, sent_counts)
+        # A group may have gloo for the CPU and NCCL for GPUs.
+        by_gloo = sent.device.type == "cpu" and on_gloo(self.group)
         large = max(received.nbytes, sent.nbytes) >= _LARGE
-        sockets = open_sockets() if large and on_gloo(self.group) else frozenset()
+        sockets = open_sockets() if large and by_gloo else frozenset()
         try:
             work = distributed.all_to_all_single(
                 received, sent, list(received_counts), list(sent_counts), group=self.group, async_op=True
             )
         except RuntimeError as error:
             raise self.failure(error, purpose) from error
-        return _Work(self, work, sent, sockets, purpose)
+        return _Work(self, work, sent, sockets, purpose, by_gloo=by_gloo)
 
     def failure(self, error: RuntimeError, purpose: Purpose, work: distributed.Work | None = None) -> PeerError:
         """What to raise for an error of the backend; gives up the group, so that the others hear of it."""
@@ -90,8 +92,11 @@ class _Work:
         sent: Tensor,
         sockets: frozenset[int],
         purpose: Purpose,
+        *,
+        by_gloo: bool,
     ) -> None:
         self._comm, self._work, self._sockets, self._purpose = comm, work, sockets, purpose
+        self._by_gloo = by_gloo
         self._sent: Tensor | None = sent
         # Also called at the end of the process, for what is then still on its way.
         self._dropped = weakref.finalize(self, hang_up_unless_complete, comm.group, work, os.getpid())
@@ -99,7 +104,9 @@ class _Work:
     def wait(self) -> None:
         """See Transfer."""
         try:
-            if on_gloo(self._comm.group):
+            # NCCL takes the end of a slice for its timeout and aborts the communicator; its wait without one does not
+            # even hold up the CPU.
+            if self._by_gloo:
                 self._wait_in_slices()
             self._work.wait()
         except RuntimeError as error:

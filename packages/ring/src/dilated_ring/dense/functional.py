@@ -139,13 +139,10 @@ def ring_attention(
     >>> torch.allclose(torch.cat(run_ranks(4, work), 1), attend(q, k, v).out, atol=1e-5)
     True
     """
-    if ring_size is None:
-        team = team_of(group)
-    elif group is None:
-        team = Team()
-    else:
-        raise ValueError(f"ring_size: expected None with a group, got {ring_size!r} (it chunks keys on one device)")
+    team = Team() if group is None and ring_size is not None else team_of(group)
     try:
+        if ring_size is not None and group is not None:
+            raise ValueError(f"ring_size: expected None with a group, got {ring_size!r} (it chunks keys on one device)")
         checks.boolean("is_causal", is_causal)
         checks.boolean("enable_gqa", enable_gqa)
         checks.boolean("verify", verify)

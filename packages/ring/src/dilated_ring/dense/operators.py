@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.library import custom_op
 
 from dilated_core.autograd import make_differentiable
@@ -28,36 +27,58 @@ def ring_attention_function(inputs: Inputs, team: Team, call: Call, resources: R
     if torch.compiler.is_compiling():
         out, lse = _operator(*inputs, _name(team.ring), _name(team.heads), *call._replace(bounds=list(call.bounds)))  # type: ignore[arg-type]
     else:
-        out, lse = _Function.apply(*inputs, team, call, resources)  # type: ignore[no-untyped-call]
+        # Of no size, and derived from all three: so a backward knows that it depends on them, without keeping them.
+        link = torch.cat([tensor[:0].flatten() for tensor in inputs[:3]])
+        out, lse = _Function.apply(*inputs, link, team, call, resources)  # type: ignore[no-untyped-call]
     return out, lse
 
 
 class _Function(torch.autograd.Function):
-    """Of (query, key, value, real, team, call, resources)."""
+    """Of (query, key, value, real, link, team, call, resources)."""
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, team, call, resources = arguments
+        *tensors, link, team, call, resources = arguments
         inputs = Inputs(*tensors)
         shard = Shard.of(inputs)
-        bounds = settle(team, call, shard, "forward")
-        rank = Rank(team, call, bounds, shard, resources)
-        gathered = rank.gather(inputs, "forward")
-        (out, lse), results = rank.forward(gathered)
+        with team.together():
+            bounds = settle(team, call, shard, "forward")
+            rank = Rank(team, call, bounds, shard, resources)
+            gathered = rank.gather(inputs, "forward")
+            (out, lse), results = rank.forward(gathered)
         ctx.set_materialize_grads(False)
         ctx.rank, ctx.call = rank, call._replace(bounds=bounds)
-        ctx.save_for_backward(*gathered, *results)
+        ctx.save_for_backward(link, *gathered, *results)
         return out, lse.transpose(1, 2)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        *gathered, out, lse = ctx.saved_tensors
-        rank = ctx.rank
-        settle(rank.team, ctx.call, rank.shard, "backward")
+        link, *gathered, out, lse = ctx.saved_tensors
+        rest = Inputs(*gathered), Results(out, lse), ctx.rank, ctx.call
+        grads = _Gradient.apply(link, grad_out, grad_lse, *rest)  # type: ignore[no-untyped-call]
+        return (*grads, None, None, None, None, None)
+
+
+class _Gradient(torch.autograd.Function):
+    """Of (link, grad_out, grad_lse, gathered inputs, results, rank, call).
+
+    A function of its own, so that a second derivative is an error and not a zero.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, link: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        gathered, results, rank, call = rest
         grad_lse = None if grad_lse is None else grad_lse.transpose(1, 2)
-        grads = rank.backward(Inputs(*gathered), Results(out, lse), grad_out, grad_lse)
-        return (*grads, None, None, None, None)
+        with rank.team.together():
+            settle(rank.team, call, rank.shard, "backward")
+            grads: tuple[Tensor, Tensor, Tensor] = rank.backward(gathered, results, grad_out, grad_lse)
+        return grads
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError("ring_attention: second derivatives are not defined")
 
 
 # ------------------------------------------------------------------------------------------------ operator
@@ -101,8 +122,9 @@ def _operator(
     )
     inputs, team = Inputs(query, key, value, real), _team(ring, heads)
     shard = Shard.of(inputs)
-    rank = Rank(team, call, settle(team, call, shard, "forward"), shard, NO_RESOURCES)
-    (out, lse), _ = rank.forward(rank.gather(inputs, "forward"))
+    with team.together():
+        rank = Rank(team, call, settle(team, call, shard, "forward"), shard, NO_RESOURCES)
+        (out, lse), _ = rank.forward(rank.gather(inputs, "forward"))
     return out, lse.transpose(1, 2)
 
 
@@ -140,10 +162,11 @@ def _backward_operator(
     )
     inputs, team = Inputs(query, key, value, real), _team(ring, heads)
     shard = Shard.of(inputs)
-    rank = Rank(team, call, settle(team, call, shard, "backward"), shard, NO_RESOURCES)
-    results = rank.gather_results(Results(out, lse.transpose(1, 2)), "results", "backward")
     grad_lse = None if grad_lse is None else grad_lse.transpose(1, 2)
-    return rank.backward(rank.gather(inputs, "backward"), results, grad_out, grad_lse)
+    with team.together():
+        rank = Rank(team, call, settle(team, call, shard, "backward"), shard, NO_RESOURCES)
+        results = rank.gather_results(Results(out, lse.transpose(1, 2)), "results", "backward")
+        return rank.backward(rank.gather(inputs, "backward"), results, grad_out, grad_lse)
 
 
 @_backward_operator.register_fake

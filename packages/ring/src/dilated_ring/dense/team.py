@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_ring.comm import Comm, Purpose, agree, comm_of, refuse
-from dilated_ring.errors import DisagreementError
+from dilated_ring.comm import Comm, ProcessGroupComm, Purpose, agree, comm_of, refuse
+from dilated_ring.comm.closing import hang_up
+from dilated_ring.errors import DisagreementError, PeerError
 
 
 class Team(NamedTuple):
@@ -77,6 +79,18 @@ class Team(NamedTuple):
         for comm in (self.heads, self.ring):
             if comm is not None:
                 refuse(comm, error)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Give up both dimensions when one is lost: who waits for this rank in the other would not hear of it."""
+        try:
+            yield
+        except PeerError:
+            if self.ring is not None and self.heads is not None:
+                for comm in (self.ring, self.heads):
+                    if isinstance(comm, ProcessGroupComm):
+                        hang_up(comm.group)
+            raise
 
 
 def team_of(group: ProcessGroup | DeviceMesh | Comm | Team | None) -> Team:
