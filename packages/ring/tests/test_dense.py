@@ -353,6 +353,9 @@ class Watched:
         self.events.append("start")
         return WatchedTransfer(transfer, self.events)
 
+    def give_up(self) -> None:
+        self.comm.give_up()
+
 
 class WatchedTransfer:
     def __init__(self, transfer: Transfer, events: list[str]) -> None:

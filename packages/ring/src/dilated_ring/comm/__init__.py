@@ -2,7 +2,7 @@
 
 from dilated_ring.comm.agreement import agree, refuse
 from dilated_ring.comm.process_group import ProcessGroupComm, comm_of
-from dilated_ring.comm.protocol import Comm, Purpose, Transfer
+from dilated_ring.comm.protocol import Comm, Purpose, Transfer, together
 from dilated_ring.comm.recording import Record, RecordingComm
 from dilated_ring.comm.virtual import VirtualComm, run_ranks
 
@@ -18,4 +18,5 @@ __all__ = [
     "comm_of",
     "refuse",
     "run_ranks",
+    "together",
 ]

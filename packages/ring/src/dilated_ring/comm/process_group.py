@@ -68,6 +68,10 @@ class ProcessGroupComm:
             raise self.failure(error, purpose) from error
         return _Work(self, work, sent, sockets, purpose, by_gloo=by_gloo)
 
+    def give_up(self) -> None:
+        """Close this rank's connections, see Comm. On NCCL nothing: its watchdog sees to failures."""
+        hang_up(self.group)
+
     def failure(self, error: RuntimeError, purpose: Purpose, work: distributed.Work | None = None) -> PeerError:
         """What to raise for an error of the backend; gives up the group, so that the others hear of it."""
         gone = hang_up(self.group, work)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -82,6 +83,26 @@ class Comm(Protocol):
             ValueError: these do not fit each other.
             PeerError: the group was given up.
         """
+
+    def give_up(self) -> None:
+        """Let peers that wait for this rank hear that it will not answer. It can then exchange no more."""
+
+
+@contextmanager
+def together(*comms: Comm | None) -> Iterator[None]:
+    """Give up all ``comms`` where this rank fails in the midst of a call: its peers would wait for what never comes.
+
+    A ValueError (a DisagreementError is one) is not such a failure: every rank raises it, and all can go on.
+    """
+    try:
+        yield
+    except ValueError:
+        raise
+    except BaseException:
+        for comm in comms:
+            if comm is not None:
+                comm.give_up()
+        raise
 
 
 def check_exchange(

@@ -59,6 +59,10 @@ class RecordingComm:
         self.records.append(Record(purpose, self._bytes(received_counts, received), self._bytes(sent_counts, sent)))
         return transfer
 
+    def give_up(self) -> None:
+        """See Comm."""
+        self.comm.give_up()
+
     def received_bytes(self, phase: str | None = None, branch: int | None = None) -> int:
         """Bytes received from other ranks so far, of one phase or branch where asked."""
         return sum(

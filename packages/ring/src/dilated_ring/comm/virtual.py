@@ -75,11 +75,17 @@ class VirtualComm:
     ) -> Transfer:
         """Start an uneven all-to-all, see Comm."""
         check_exchange(self, received, sent, received_counts, sent_counts)
+        if self.rank in self._hall.gone:
+            raise PeerError(self.rank, self.size, purpose, "this rank gave up the group after an earlier error")
         number = self._exchanges
         self._exchanges += 1
         chunks = [chunk.clone() for chunk in sent.detach().split(list(sent_counts))]
         self._hall.put(number, self.rank, chunks, purpose)
         return _Delivery(self, number, received.detach().split(list(received_counts)), purpose)
+
+    def give_up(self) -> None:
+        """See Comm."""
+        self._hall.leave(self.rank)
 
     def take(self, number: int, source: int, purpose: Purpose) -> Tensor:
         """What ``source`` sends this rank in the exchange of that number."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_ring.comm import Comm, ProcessGroupComm, Purpose, agree, comm_of, refuse
-from dilated_ring.comm.closing import hang_up
-from dilated_ring.errors import DisagreementError, PeerError
+from dilated_ring.comm import Comm, Purpose, agree, comm_of, refuse, together
+from dilated_ring.errors import DisagreementError
 
 
 class Team(NamedTuple):
@@ -80,17 +79,9 @@ class Team(NamedTuple):
             if comm is not None:
                 refuse(comm, error)
 
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """Give up both dimensions when one is lost: who waits for this rank in the other would not hear of it."""
-        try:
-            yield
-        except PeerError:
-            if self.ring is not None and self.heads is not None:
-                for comm in (self.ring, self.heads):
-                    if isinstance(comm, ProcessGroupComm):
-                        hang_up(comm.group)
-            raise
+    def together(self) -> AbstractContextManager[None]:
+        """Give up both dimensions where this rank fails in the midst of a call, see ``dilated_ring.comm.together``."""
+        return together(self.ring, self.heads)
 
 
 def team_of(group: ProcessGroup | DeviceMesh | Comm | Team | None) -> Team:

@@ -17,7 +17,7 @@ from torch.library import custom_op
 from dilated_core.autograd import make_differentiable
 from dilated_core.fused import Options, results_of_forward
 from dilated_core.resources import NO_RESOURCES, Resources
-from dilated_ring.comm import Comm, ProcessGroupComm
+from dilated_ring.comm import Comm, ProcessGroupComm, together
 from dilated_ring.comm.named import comm_named
 from dilated_ring.dilated.agreement import Call, settle
 from dilated_ring.dilated.engine import Inputs, Kept, Rank
@@ -117,7 +117,8 @@ def _forward(
     if inputs.query.shape[0] == 0:  # the same on all ranks: nobody has anything to exchange
         out, lse = results_of_forward(inputs.query)
         return out, lse.transpose(1, 2), []
-    return Rank(comm, plan, inputs, options, resources).forward()
+    with together(comm):
+        return Rank(comm, plan, inputs, options, resources).forward()
 
 
 def _backward(
@@ -125,7 +126,8 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if inputs.query.shape[0] == 0:
         return torch.zeros_like(inputs.query), torch.zeros_like(inputs.key), torch.zeros_like(inputs.value)
-    return Rank(comm, plan, inputs, options, resources).backward(*results)
+    with together(comm):
+        return Rank(comm, plan, inputs, options, resources).backward(*results)
 
 
 def _like_the_others(call: Call, plan: RankPlan, grad_lse: Tensor | None, lse: Tensor) -> Tensor | None:
