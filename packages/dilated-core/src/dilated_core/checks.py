@@ -38,7 +38,12 @@ def positive_integer(name: str, value: object) -> int:
 
 def length(name: str, value: object) -> int:
     """Return ``value`` as an int of at least 0. Raises TypeError or ValueError."""
-    return 0 if is_integer(value) and value == 0 else positive_integer(name, value)
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected an int of at least 0, got {value!r} of type {type(value).__name__}")
+    number = operator.index(value)
+    if number < 0:
+        raise ValueError(f"{name}: expected an int of at least 0, got {number}")
+    return number
 
 
 def positive_number(name: str, value: object) -> float:

@@ -392,4 +392,5 @@ def backward_tiles(
         grads = gradients(tile, batch, number)
         if grads is not None:
             add_tile(grads, (_place(tile, _at(total, batch)) for total in sums))
+        del grads  # before the next tile has its own
     return sums

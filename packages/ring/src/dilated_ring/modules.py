@@ -290,7 +290,7 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
                 if argument is not None:
                     raise ValueError(f"{name}: expected None, a sequence that lies on many ranks is not for it")
             q, k, v, real = self.projected(query, key, value, key_padding_mask, need_weights, attn_mask)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # a projection raises RuntimeError for another dtype
             ring.refuse(error, bounds)
             raise
         if self.rotary is not None:
@@ -299,7 +299,7 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
                 bounds = self._asked_bounds(comm, q.shape[1])
             try:
                 q, k = self.rotary(q, k, start=check_bounds(bounds, comm.size)[comm.rank])
-            except (TypeError, ValueError) as error:
+            except Exception as error:  # one rank's positions may lie beyond its table: an IndexError
                 ring.refuse(error, bounds)
                 raise
         attended = ring(q, k, v, is_causal=is_causal, key_padding_mask=real, bounds=bounds)

@@ -1,6 +1,6 @@
 """Between ranks: one kind of transfer, three transports of it, and the agreement that comes before the first."""
 
-from dilated_ring.comm.agreement import agree, refuse
+from dilated_ring.comm.agreement import agree, agree_with_ticket, refuse
 from dilated_ring.comm.process_group import ProcessGroupComm, comm_of
 from dilated_ring.comm.protocol import Comm, Purpose, Transfer, together
 from dilated_ring.comm.recording import Record, RecordingComm
@@ -15,6 +15,7 @@ __all__ = [
     "Transfer",
     "VirtualComm",
     "agree",
+    "agree_with_ticket",
     "comm_of",
     "refuse",
     "run_ranks",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import NamedTuple
@@ -52,6 +53,14 @@ def agree(comm: Comm, call: Mapping[str, object], length: int) -> list[int]:
     >>> run_ranks(2, lambda comm: agree(comm, {"heads": 4}, length=10 + comm.rank))
     [[10, 11], [10, 11]]
     """
+    return agree_with_ticket(comm, call, length)[0]
+
+
+def agree_with_ticket(comm: Comm, call: Mapping[str, object], length: int) -> tuple[list[int], int]:
+    """As ``agree``, and a number that all ranks draw together, which no other agreement has.
+
+    A backward that names its forward's ticket in ``call`` meets that of no other call, however alike the two are.
+    """
     try:
         fields = {name: str(value) for name, value in call.items()}
     except Exception as error:
@@ -70,16 +79,17 @@ def refuse(comm: Comm, error: Exception) -> None:
         _compare(comm, _Call({"error": f"{type(error).__name__}: {error}"}, 0, refused=True))
 
 
-def _compare(comm: Comm, own: _Call) -> list[int]:
+def _compare(comm: Comm, own: _Call) -> tuple[list[int], int]:
+    ticket = secrets.randbits(62)
     if comm.size == 1:
-        return [own.length]
+        return [own.length], ticket
     text = json.dumps(own.fields).encode()  # ASCII; newlines and lone surrogates are escaped
-    header = torch.tensor([own.refused, own.length, len(text), *own.digest()], dtype=torch.int64)
+    header = torch.tensor([own.refused, own.length, len(text), ticket, *own.digest()], dtype=torch.int64)
     headers = [part.tolist() for part in _from_all(comm, header)]
-    digests = [digest for _, _, _, *digest in headers]
+    digests = [digest for _, _, _, _, *digest in headers]
     refused = [bool(refused) for refused, *_ in headers]
     if all(digest == digests[0] for digest in digests) and not any(refused):
-        return [length for _, length, *_ in headers]
+        return [length for _, length, *_ in headers], headers[0][3]  # rank 0's number is everyone's
     sizes = [size for _, _, size, *_ in headers]
     padded = torch.frombuffer(bytearray(text.ljust(max(sizes))), dtype=torch.uint8)
     texts = [bytes(part.tolist()[:size]) for part, size in zip(_from_all(comm, padded), sizes, strict=True)]

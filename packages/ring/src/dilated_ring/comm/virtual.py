@@ -108,7 +108,7 @@ class _Delivery:
 
 
 def run_ranks(size: int, work: Callable[[Comm], T], *, timeout: float = 60.0) -> list[T]:
-    """Run ``work(comm)`` on ``size`` ranks, each a thread with a Comm of its own.
+    """Run ``work(comm)`` on ``size`` ranks, each a thread with a Comm of its own. For tensors on the CPU.
 
     Args:
         timeout: seconds that a rank waits for another.
@@ -125,10 +125,12 @@ def run_ranks(size: int, work: Callable[[Comm], T], *, timeout: float = 60.0) ->
     """
     hall = _Hall(size, timeout)
     failures: list[BaseException] = []
+    inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()  # a thread begins without
 
     def run(rank: int) -> T | None:
         try:
-            return work(VirtualComm(hall, rank))
+            with torch.inference_mode(inference), torch.set_grad_enabled(gradients):
+                return work(VirtualComm(hall, rank))
         except BaseException as error:
             failures.append(error)
             return None
@@ -138,7 +140,8 @@ def run_ranks(size: int, work: Callable[[Comm], T], *, timeout: float = 60.0) ->
     with ThreadPoolExecutor(size, thread_name_prefix="rank") as threads:
         results = list(threads.map(run, range(size)))
     if failures:
-        raise failures[0]
+        # Peers may find a rank gone before it has told what went wrong.
+        raise next((error for error in failures if not isinstance(error, PeerError)), failures[0])
     for (exchange, source, destination), (purpose, _) in hall.chunks.items():
         if (exchange, destination) in hall.started and not hall.failed:
             raise PeerError(destination, size, purpose, f"never waited for what rank {source} sends")

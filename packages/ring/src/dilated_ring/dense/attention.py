@@ -17,7 +17,7 @@ from dilated_ring.dense.chunks import Chunks
 from dilated_ring.dense.engine import Engine, Keys, last_stride_1
 from dilated_ring.dense.ring import Ring
 from dilated_ring.dense.sharding import Pieces, gather_pieces, pieces_of
-from dilated_ring.dense.team import Team
+from dilated_ring.dense.team import Team, Tickets
 from dilated_ring.dense.ulysses import HeadExchange
 
 
@@ -49,6 +49,11 @@ class Call(NamedTuple):
     with_lse: bool
     differentiable: bool
     kernel: str
+
+    @property
+    def listens(self) -> bool:
+        """Whether the ranks talk before rows travel."""
+        return self.verify or not self.bounds
 
 
 class Inputs(NamedTuple):
@@ -91,22 +96,29 @@ class Shard(NamedTuple):
         return cls(length, batch, heads, key.shape[2], head_dim, query.dtype, query.device.type, mask)
 
 
-def settle(team: Team, call: Call, shard: Shard, phase: str) -> tuple[int, ...]:
-    """Agree with the other ranks, and find out how many positions each has: the bounds.
+def settle(
+    team: Team, call: Call, shard: Shard, phase: str, of_forward: Tickets = (None, None)
+) -> tuple[tuple[int, ...], Tickets]:
+    """Agree with the other ranks, and find out how many positions each has: the bounds, and the agreement's tickets.
+
+    Args:
+        of_forward: in a backward, the tickets of its forward. Ranks that go back through two alike calls in different
+            orders would else send each other the gradients of the wrong one.
 
     Raises:
         DisagreementError: on every rank, where they were called differently.
         ValueError: on every rank, where their lengths do not fit the balance.
     """
     if team.size == 1:
-        return 0, shard.length
-    bounds = call.bounds
-    if call.verify or not bounds:
+        return (0, shard.length), (None, None)
+    bounds, tickets = call.bounds, of_forward
+    if call.listens:
         fields = {"function": "ring_attention", "phase": phase, **shard._asdict(), **call._asdict()}
         del fields["length"], fields["kernel"]
-        bounds = (0, *accumulate(team.agree(fields, shard.length)))
+        lengths, tickets = team.agree(fields, shard.length, of_forward)
+        bounds = (0, *accumulate(lengths))
     pieces_of(bounds, call.balance)
-    return bounds
+    return bounds, tickets
 
 
 class Rank:

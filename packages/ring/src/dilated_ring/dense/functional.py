@@ -109,7 +109,7 @@ def ring_attention(
         is_causal: whether a row sees only keys at or before it, in the whole sequence.
         scale: factor on the scores, 1 / sqrt(head_dim) by default.
         key_padding_mask: (batch, local seq), bool, True where this rank's key is real; on all ranks or on none. What
-            padding holds, even NaN, has no influence.
+            padding keys and values hold, even NaN, has no influence; rows of padding attend like any other.
         enable_gqa: whether query heads may share key heads: query head j meets key head j // (heads // kv_heads).
         mode: "ring" or "all_to_all"; with a mesh of two dimensions "ring", which then is of its first.
         balance: which positions a shard holds. "contiguous": a stretch, in the order of the ranks. "head_tail": one

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.node import has_side_effect
 from torch.library import custom_op
 
 from dilated_core.autograd import make_differentiable
@@ -42,25 +43,30 @@ class _Function(torch.autograd.Function):
         inputs = Inputs(*tensors)
         shard = Shard.of(inputs)
         with team.together():
-            bounds = settle(team, call, shard, "forward")
+            bounds, tickets = settle(team, call, shard, "forward")
             rank = Rank(team, call, bounds, shard, resources)
             gathered = rank.gather(inputs, "forward")
             (out, lse), results = rank.forward(gathered)
         ctx.set_materialize_grads(False)
-        ctx.rank, ctx.call = rank, call._replace(bounds=bounds)
+        ctx.rank, ctx.call, ctx.tickets = rank, call._replace(bounds=bounds), tickets
         ctx.save_for_backward(link, *gathered, *results)
         return out, lse.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        link, *gathered, out, lse = ctx.saved_tensors
-        rest = Inputs(*gathered), Results(out, lse), ctx.rank, ctx.call
+        try:
+            link, *gathered, out, lse = ctx.saved_tensors
+        except RuntimeError as error:  # changed in place, or freed
+            if ctx.call.listens:
+                ctx.rank.team.refuse(error)
+            raise
+        rest = Inputs(*gathered), Results(out, lse), ctx.rank, ctx.call, ctx.tickets
         grads = _Gradient.apply(link, grad_out, grad_lse, *rest)  # type: ignore[no-untyped-call]
         return (*grads, None, None, None, None, None)
 
 
 class _Gradient(torch.autograd.Function):
-    """Of (link, grad_out, grad_lse, gathered inputs, results, rank, call).
+    """Of (link, grad_out, grad_lse, gathered inputs, results, rank, call, tickets).
 
     A function of its own, so that a second derivative is an error and not a zero.
     """
@@ -69,10 +75,10 @@ class _Gradient(torch.autograd.Function):
     def forward(
         ctx: Any, link: Tensor, grad_out: Tensor | None, grad_lse: Tensor | None, *rest: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
-        gathered, results, rank, call = rest
+        gathered, results, rank, call, tickets = rest
         grad_lse = None if grad_lse is None else grad_lse.transpose(1, 2)
         with rank.team.together():
-            settle(rank.team, call, rank.shard, "backward")
+            settle(rank.team, call, rank.shard, "backward", tickets)
             grads: tuple[Tensor, Tensor, Tensor] = rank.backward(gathered, results, grad_out, grad_lse)
         return grads
 
@@ -123,7 +129,8 @@ def _operator(
     inputs, team = Inputs(query, key, value, real), _team(ring, heads)
     shard = Shard.of(inputs)
     with team.together():
-        rank = Rank(team, call, settle(team, call, shard, "forward"), shard, NO_RESOURCES)
+        bounds, _ = settle(team, call, shard, "forward")
+        rank = Rank(team, call, bounds, shard, NO_RESOURCES)
         (out, lse), _ = rank.forward(rank.gather(inputs, "forward"))
     return out, lse.transpose(1, 2)
 
@@ -164,7 +171,8 @@ def _backward_operator(
     shard = Shard.of(inputs)
     grad_lse = None if grad_lse is None else grad_lse.transpose(1, 2)
     with team.together():
-        rank = Rank(team, call, settle(team, call, shard, "backward"), shard, NO_RESOURCES)
+        bounds, _ = settle(team, call, shard, "backward")
+        rank = Rank(team, call, bounds, shard, NO_RESOURCES)
         results = rank.gather_results(Results(out, lse.transpose(1, 2)), "results", "backward")
         return rank.backward(rank.gather(inputs, "backward"), results, grad_out, grad_lse)
 
@@ -177,3 +185,6 @@ def _gradients(
 
 
 make_differentiable(_operator, _backward_operator)
+# A graph whose rank does not use the result must not leave the call out: the other ranks wait for its rows.
+for _operator_name in ("ring_attention", "ring_attention_backward"):
+    has_side_effect(getattr(torch.ops.dilated_ring, _operator_name).default)

@@ -10,8 +10,11 @@ import torch
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_ring.comm import Comm, Purpose, agree, comm_of, refuse, together
+from dilated_ring.comm import Comm, Purpose, agree_with_ticket, comm_of, refuse, together
 from dilated_ring.errors import DisagreementError
+
+# Of a call's agreements, among those who exchange heads and round the ring; None where there was none.
+Tickets = tuple[int | None, int | None]
 
 
 class Team(NamedTuple):
@@ -45,33 +48,32 @@ class Team(NamedTuple):
         """The number of this rank's shard."""
         return self.place[0] * self.shape[1] + self.place[1]
 
-    def agree(self, call: Mapping[str, object], length: int) -> list[int]:
-        """Make sure that all ranks were called alike, see ``dilated_ring.comm.agree``; return every rank's length.
+    def agree(
+        self, call: Mapping[str, object], length: int, of_forward: Tickets = (None, None)
+    ) -> tuple[list[int], Tickets]:
+        """Make sure that all ranks were called alike, see ``dilated_ring.comm.agree``.
+
+        Args:
+            of_forward: in a backward, the tickets of the forward that it belongs to.
+
+        Returns:
+            Every rank's length, and the tickets of this agreement.
 
         Raises:
             DisagreementError: on every rank.
         """
-        row = [length]
+        row, heads_ticket, ring_ticket = [length], None, None
         if self.heads is not None:
             try:
-                row = self._agree(self.heads, f"row {self.place[0]}", call, length)
+                row, heads_ticket = agree_with_ticket(self.heads, {**call, "call": of_forward[0]}, length)
             except DisagreementError as error:
                 if self.ring is not None:
                     refuse(self.ring, error)
                 raise
         if self.ring is None or self.ring.size == 1:
-            return row
-        lengths = self._agree(self.ring, f"column {self.place[1]}", call, sum(row))
-        return lengths if self.heads is None else _rows(self.ring, row)
-
-    def _agree(self, comm: Comm, where: str, call: Mapping[str, object], length: int) -> list[int]:
-        """``agree`` of some of the ranks; where they are not all, errors say which."""
-        try:
-            return agree(comm, call, length)
-        except DisagreementError as error:
-            if comm.size == self.size:
-                raise
-            raise DisagreementError(f"in {where} of the mesh, {error}") from None
+            return row, (heads_ticket, None)
+        lengths, ring_ticket = agree_with_ticket(self.ring, {**call, "call": of_forward[1]}, sum(row))
+        return lengths if self.heads is None else _rows(self.ring, row), (heads_ticket, ring_ticket)
 
     def refuse(self, error: Exception) -> None:
         """Tell the others, who are about to agree, that this rank raises ``error`` instead."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dilated_core.fused import Options
 from dilated_core.resources import PatternStore
-from dilated_ring.comm import Comm, agree
+from dilated_ring.comm import Comm, agree_with_ticket
 from dilated_ring.plan import RankPlan, make_plan
 
 
@@ -46,36 +46,14 @@ class Call(NamedTuple):
 
 def settle(
     comm: Comm, call: Call, query: Tensor, key: Tensor, phase: str, patterns: PatternStore | None = None
-) -> RankPlan:
-    """Agree with the other ranks, and find what this one is to do.
+) -> tuple[RankPlan, int | None]:
+    """Agree with the other ranks, and find what this one is to do; with the agreement's ticket, None without one.
 
     Raises:
         DisagreementError: on every rank, where they were called differently.
     """
     options = call.options
-    bounds = call.bounds
-    if call.listens:
-        batch, length, heads, head_dim = query.shape
-        fields = {
-            "function": "dilated_ring_attention",
-            "phase": phase,
-            "batch": batch,
-            "heads": heads,
-            "kv_heads": key.shape[2],
-            "head_dim": head_dim,
-            "dtype": query.dtype,
-            "device": query.device.type,
-            **options._replace(kernel="", scale=call.signed_scale)._asdict(),
-            "bounds": bounds,
-            "exchange": _words(call.exchange),
-            "key_padding_mask": "given" if call.masked else None,
-            "return_aux.lse": call.with_lse,
-            "gradients": call.differentiable,
-            "refetch": not call.keep if call.differentiable else None,
-        }
-        lengths = agree(comm, fields, length)
-        bounds = bounds or (0, *accumulate(lengths))
-    assert bounds is not None
+    bounds, ticket = agree_on(comm, call, query, key, phase)
 
     def create() -> RankPlan:
         plan = make_plan(
@@ -91,10 +69,49 @@ def settle(
         return plan.for_rank(comm.rank)
 
     if patterns is None:
-        return create()
+        return create(), ticket
     what = *options[:4], bounds, query.shape[2], key.shape[2], call.exchange, comm.rank
     plan: RankPlan = patterns.get_or_create(("dilated_ring.rank_plan", *what), create)
-    return plan
+    return plan, ticket
+
+
+def agree_on(
+    comm: Comm, call: Call, query: Tensor, key: Tensor, phase: str, of_forward: int | None = None
+) -> tuple[tuple[int, ...], int | None]:
+    """Agree with the other ranks; the bounds of the shards, and the agreement's ticket.
+
+    Args:
+        of_forward: in a backward, the ticket of the forward that it belongs to. Ranks that go back through two alike
+            calls in different orders would else send each other the gradients of the wrong one.
+
+    Raises:
+        DisagreementError: on every rank, where they were called differently.
+    """
+    options, bounds, ticket = call.options, call.bounds, None
+    if call.listens:
+        batch, length, heads, head_dim = query.shape
+        fields = {
+            "function": "dilated_ring_attention",
+            "phase": phase,
+            "call": of_forward,
+            "batch": batch,
+            "heads": heads,
+            "kv_heads": key.shape[2],
+            "head_dim": head_dim,
+            "dtype": query.dtype,
+            "device": query.device.type,
+            **options._replace(kernel="", scale=call.signed_scale)._asdict(),
+            "bounds": bounds,
+            "exchange": _words(call.exchange),
+            "key_padding_mask": "given" if call.masked else None,
+            "return_aux.lse": call.with_lse,
+            "gradients": call.differentiable,
+            "refetch": not call.keep if call.differentiable else None,
+        }
+        lengths, ticket = agree_with_ticket(comm, fields, length)
+        bounds = bounds or (0, *accumulate(lengths))
+    assert bounds is not None
+    return bounds, ticket
 
 
 def _words(exchange: tuple[str, ...]) -> str:

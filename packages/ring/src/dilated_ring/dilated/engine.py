@@ -67,23 +67,26 @@ class Rank:
 
     # -------------------------------------------------------------------------------------------- forward
 
-    def forward(self) -> tuple[Tensor, Tensor, Kept]:
-        """out like query, lse (batch, local seq, heads), and what was gathered."""
+    def forward(self, *, keep: bool) -> tuple[Tensor, Tensor, Kept | None]:
+        """out like query, lse (batch, local seq, heads), and what was gathered, if it is to be kept."""
         waiting = [self._start_gather(route, "forward") for route in self.plan.routes]
+        waiting.reverse()  # taken off the end: who has waited holds the buffer that the rows arrived in
         sums = [self._attend_inner(block) for block in range(self.blocks)]
         out, lse = (Rows(list(each)) for each in zip(*sums, strict=True))
-        kept, returning = [], []
-        for number, (route, wait) in enumerate(zip(self.plan.routes, waiting, strict=True)):
-            gathered = wait()
-            kept.append(gathered)
+        kept, returning = list[list[list[Gathered]]](), []
+        for number, route in enumerate(self.plan.routes):
+            gathered = waiting.pop()()
+            if keep:
+                kept.append(gathered)
             if route.by_heads:
                 returning.append(self._attend_heads(number, route, gathered, out, lse))
             else:
                 self._attend_rows(number, route, gathered, out, lse)
+            del gathered
         for out_arrivals, lse_arrivals in returning:
             for (place, rows), (lse_place, lse_rows) in zip(out_arrivals(), lse_arrivals(), strict=True):
                 merge_in_place(place, lse_place, rows, lse_rows)
-        return self._joined(out, self.query.dtype), self._joined(lse, lse.blocks[0].dtype), kept
+        return self._joined(out, self.query.dtype), self._joined(lse, lse.blocks[0].dtype), kept if keep else None
 
     def _start_gather(self, route: Route, phase: str) -> Callable[[], list[list[Gathered]]]:
         """Start to gather what a route's meetings take: query (for whole heads), key, value and the mask."""
@@ -165,16 +168,19 @@ class Rank:
         routes = self.plan.routes
         waiting = [self._start_gather(route, "backward") for route in routes] if kept is None else []
         results = [self._start_results(route, halves, singles) if route.by_heads else None for route in routes]
+        waiting.reverse()
+        results.reverse()
         grad_query, (grad_key, grad_value) = self._differentiate_inner(by_query)
         sums = [grad_query, *(Rows.like_keys(total, self.blocks) for total in (grad_key, grad_value))]
         returning = []
         for number, route in enumerate(routes):
-            gathered = waiting[number]() if kept is None else kept[number]
-            result = results[number]
+            gathered = waiting.pop()() if kept is None else kept[number]
+            result = results.pop()
             if result is None:
                 returning.append(self._differentiate_rows(number, route, gathered, by_query, sums))
             else:
                 returning.append(self._differentiate_heads(number, route, gathered, result(), sums))
+            del gathered, result
         for arrivals in returning:
             for place, rows in arrivals():
                 place.add_(rows)

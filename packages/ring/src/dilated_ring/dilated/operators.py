@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.fx.node import has_side_effect
 from torch.library import custom_op
 
 from dilated_core.autograd import make_differentiable
 from dilated_core.fused import Options, results_of_forward
 from dilated_core.resources import NO_RESOURCES, Resources
-from dilated_ring.comm import Comm, ProcessGroupComm, together
+from dilated_ring.comm import Comm, ProcessGroupComm, refuse, together
 from dilated_ring.comm.named import comm_named
-from dilated_ring.dilated.agreement import Call, settle
+from dilated_ring.dilated.agreement import Call, agree_on, settle
 from dilated_ring.dilated.engine import Inputs, Kept, Rank
 from dilated_ring.dilated.exchange import Gathered
 from dilated_ring.plan import RankPlan
@@ -70,19 +71,24 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         *extras, comm, call, resources = rest
-        plan = settle(comm, call, query, key, "forward", resources.patterns)
-        out, lse, kept = _forward(comm, plan, Extras(*extras).inputs(query, key, value), call.options, resources)
+        plan, ticket = settle(comm, call, query, key, "forward", resources.patterns)
+        out, lse, kept = _forward(comm, plan, call, Extras(*extras).inputs(query, key, value), resources)
         ctx.set_materialize_grads(False)
-        ctx.rest = comm, call, resources, plan
-        ctx.shape, flat = _flatten(kept) if call.keep else (None, [])
+        ctx.rest, ctx.ticket = (comm, call, resources, plan), ticket
+        ctx.shape, flat = (None, []) if kept is None else _flatten(kept)
         ctx.save_for_backward(query, key, value, *extras, out, lse, *flat)
         return out, lse.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, real, seed, out, lse, *flat = ctx.saved_tensors
-        comm, call, resources, plan = ctx.rest
-        settle(comm, call, query, key, "backward", resources.patterns)
+        comm, call, _, plan = ctx.rest
+        try:
+            query, key, value, real, seed, out, lse, *flat = ctx.saved_tensors
+        except RuntimeError as error:  # changed in place, or freed
+            if call.listens:
+                refuse(comm, error)
+            raise
+        agree_on(comm, call, query, key, "backward", ctx.ticket)
         if grad_lse is not None:
             grad_lse = grad_lse.transpose(1, 2)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
@@ -112,13 +118,13 @@ class _Gradient(torch.autograd.Function):
 
 
 def _forward(
-    comm: Comm, plan: RankPlan, inputs: Inputs, options: Options, resources: Resources
-) -> tuple[Tensor, Tensor, Kept]:
+    comm: Comm, plan: RankPlan, call: Call, inputs: Inputs, resources: Resources
+) -> tuple[Tensor, Tensor, Kept | None]:
     if inputs.query.shape[0] == 0:  # the same on all ranks: nobody has anything to exchange
         out, lse = results_of_forward(inputs.query)
-        return out, lse.transpose(1, 2), []
+        return out, lse.transpose(1, 2), None
     with together(comm):
-        return Rank(comm, plan, inputs, options, resources).forward()
+        return Rank(comm, plan, inputs, call.options, resources).forward(keep=call.keep)
 
 
 def _backward(
@@ -190,12 +196,10 @@ def _operator(
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     options = Options(tuple(segment_lengths), tuple(dilation_rates), semantics, is_causal, scale, dropout_p, kernel)
-    call = Call(
-        options, tuple(bounds) or None, tuple(exchange.split(",")), verify, real is not None, with_lse, signed_scale
-    )
+    call = _call(options, bounds, exchange, verify, real is not None, with_lse, signed_scale)
     comm = comm_named(group_name)
-    plan = settle(comm, call, query, key, "forward")
-    out, lse, _ = _forward(comm, plan, Extras(real, seed).inputs(query, key, value), options, NO_RESOURCES)
+    plan, _ = settle(comm, call, query, key, "forward")
+    out, lse, _ = _forward(comm, plan, call, Extras(real, seed).inputs(query, key, value), NO_RESOURCES)
     return out, lse.transpose(1, 2)
 
 
@@ -230,11 +234,9 @@ def _backward_operator(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(tuple(segment_lengths), tuple(dilation_rates), semantics, is_causal, scale, dropout_p, kernel)
-    call = Call(
-        options, tuple(bounds) or None, tuple(exchange.split(",")), verify, real is not None, with_lse, signed_scale
-    )
+    call = _call(options, bounds, exchange, verify, real is not None, with_lse, signed_scale)
     comm = comm_named(group_name)
-    plan = settle(comm, call, query, key, "backward")
+    plan, _ = settle(comm, call, query, key, "backward")
     inputs = Extras(real, seed).inputs(query, key, value)
     lse = lse.transpose(1, 2)
     grad_lse = _like_the_others(call, plan, None if grad_lse is None else grad_lse.transpose(1, 2), lse)
@@ -249,3 +251,6 @@ def _gradients(
 
 
 make_differentiable(_operator, _backward_operator)
+# A graph whose rank does not use the result must not leave the call out: the other ranks wait for its rows.
+for _name in ("dilated_ring_attention", "dilated_ring_attention_backward"):
+    has_side_effect(getattr(torch.ops.dilated_ring, _name).default)
