@@ -431,8 +431,8 @@ def test_reorder(indices: list[int] | Tensor) -> None:
 CACHE = {"segment_lengths": [2, 4], "dilation_rates": [1, 2], "batch_size": 2, "num_heads": 4, "head_dim": 8}
 CACHE_FAULTS = {
     "swapped": ({"segment_lengths": [1, 2], "dilation_rates": [2, 4]}, ValueError, "were the two lists swapped"),
-    "batch negative": ({"batch_size": -1}, ValueError, "batch_size: expected a positive int, got -1"),
-    "batch a float": ({"batch_size": 2.0}, TypeError, "batch_size: expected a positive int, got 2.0"),
+    "batch negative": ({"batch_size": -1}, ValueError, "batch_size: expected an int of at least 0, got -1"),
+    "batch a float": ({"batch_size": 2.0}, TypeError, "batch_size: expected an int of at least 0, got 2.0"),
     "no heads": ({"num_heads": 0}, ValueError, "num_heads: expected a positive int, got 0"),
     "no width": ({"head_dim": 0}, ValueError, "head_dim: expected a positive int, got 0"),
     "kv heads no divisor": ({"kv_heads": 3}, ValueError, "kv_heads: expected a divisor of num_heads = 4, got 3"),
@@ -478,13 +478,13 @@ STEP_FAULTS = {
     "kernel unknown": ({"kernel": "magic"}, ValueError, "kernel: expected one of"),
     "kernel impossible": ({"kernel": "cuda_flash"}, ValueError, 'kernel: "cuda_flash" cannot run'),
     "lengths a number": ({"lengths": 6}, TypeError, "lengths: expected ints or a 1-D integer tensor, got 6"),
-    "lengths of floats": ({"lengths": [1, 2.0]}, TypeError, r"lengths\[1\]: expected a positive int, got 2.0"),
+    "lengths of floats": ({"lengths": [1, 2.0]}, TypeError, r"lengths\[1\]: expected an int of at least 0, got 2.0"),
     "lengths a float tensor": ({"lengths": torch.ones(2)}, TypeError, "lengths: expected ints .* torch.float32"),
     "lengths a bool tensor": ({"lengths": torch.ones(2).bool()}, TypeError, "lengths: expected ints .* torch.bool"),
     "lengths of 2 dims": ({"lengths": torch.ones(1, 2).int()}, TypeError, r"lengths: expected ints .*shape \(1, 2\)"),
     "too few lengths": ({"lengths": [6]}, ValueError, "lengths: expected 2, one a batch row, got 1"),
     "a length too long": ({"lengths": [6, 7]}, ValueError, r"lengths\[1\]: expected at most 6, got 7"),
-    "a length below 0": ({"lengths": [6, -1]}, ValueError, r"lengths\[1\]: expected a positive int, got -1"),
+    "a length below 0": ({"lengths": [6, -1]}, ValueError, r"lengths\[1\]: expected an int of at least 0, got -1"),
 }
 
 
@@ -532,7 +532,7 @@ def test_torchscale_refuses_a_second_ragged_segment() -> None:
         (1, TypeError, "expected ints or a 1-D integer tensor, got 1 of type int"),
         ("01", TypeError, "expected ints or a 1-D integer tensor, got '01'"),
         ([0, 2], ValueError, r"\[1\]: expected at most 1, got 2"),
-        ([0, True], TypeError, r"\[1\]: expected a positive int, got True"),
+        ([0, True], TypeError, r"\[1\]: expected an int of at least 0, got True"),
     ],
 )
 def test_bad_rows(method: str, rows: object, error: type[Exception], message: str) -> None:

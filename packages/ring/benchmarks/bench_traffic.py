@@ -280,7 +280,7 @@ def page(results: dict[str, list[dict[str, object]]], environment: dict[str, obj
         "# Bytes between ranks\n\n"
         f"{environment['date']}. **Computed, not measured**: from the plans, with {HEADS} heads of {HEAD_DIM}, "
         "bfloat16, batch 1, not causal, semantics paper, equal shards. The bytes are exact; left out are headers of "
-        "messages and the agreement before the first (56 bytes a peer).\n\n"
+        "messages and the agreement before the first (64 bytes a peer).\n\n"
         f"Checked in this run: small plans of every pattern, on {checked} virtual ranks, bring every rank exactly the "
         "bytes that they say, forward and backward, and the output is the float64 definition's (largest deviation "
         f"{deviation:.1e}).\n\n"

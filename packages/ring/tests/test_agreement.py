@@ -167,7 +167,7 @@ def test_ranks_that_agree_exchange_a_few_numbers_whatever_the_call_is(size: int)
         agree(recording, {"plan": "x" * 10_000}, 7)
         return len(recording.records), recording.received_bytes("agreement")
 
-    assert run_ranks(size, work) == [(int(size > 1), 56 * (size - 1))] * size
+    assert run_ranks(size, work) == [(int(size > 1), 64 * (size - 1))] * size
 
 
 def on_a_group(rank: int) -> list[object]:

@@ -96,7 +96,11 @@ FAULTS: dict[str, Fault] = {
     "bounds too few": ({"bounds": [0, 6, 18]}, ValueError, r"bounds: expected world_size \+ 1 = 4 positions, got 3"),
     "bounds that fall": ({"bounds": [0, 6, 5, 11]}, ValueError, "bounds: expected positions that rise from 0"),
     "bounds not from 0": ({"bounds": [1, 7, 13, 19]}, ValueError, "bounds: expected positions that rise from 0"),
-    "bounds of fractions": ({"bounds": [0, 6.0, 12, 18]}, TypeError, r"bounds\[1\]: expected a positive int, got 6.0"),
+    "bounds of fractions": (
+        {"bounds": [0, 6.0, 12, 18]},
+        TypeError,
+        r"bounds\[1\]: expected an int of at least 0, got 6.0",
+    ),
     "bounds that do not fit": (
         {"bounds": [0, 5, 10, 15]},
         ValueError,

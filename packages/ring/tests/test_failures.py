@@ -24,7 +24,9 @@ import pytest
 import torch
 from processes import SECONDS, Ending, started
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
 
+from dilated_ring import ring_attention
 from dilated_ring.comm import Comm, Purpose, RecordingComm, Transfer, agree, comm_of
 from dilated_ring.errors import PeerError, RingError
 
@@ -187,6 +189,32 @@ def test_ranks_that_wait_for_the_living_alone_hear_of_the_dead(tmp_path: Path) -
     assert 0 in found[0].peers
     assert all(1 in peers or 0 in peers for _, peers, _, _ in found)
     assert all(rebuilt == [0, 1, 2] for *_, rebuilt in found)
+
+
+def lose_one_of_a_mesh(rank: int, store: Path, size: int) -> str:
+    """Attend on a mesh that rank 3 leaves. Who has raised lives on until all have, and does not end their wait so."""
+    join(rank, size, store, NEVER)
+    mesh = init_device_mesh("cpu", (2, 2))
+    tensor = torch.ones(1, 3, 4, 8)
+    ring_attention(tensor, tensor, tensor, group=mesh)
+    if rank == 3:
+        end("killed")
+    try:
+        ring_attention(tensor, tensor, tensor, group=mesh)
+    except PeerError as error:
+        told = str(error)
+    folder = store.parent / "raised"
+    folder.mkdir(exist_ok=True)
+    (folder / str(rank)).touch()
+    while len(list(folder.iterdir())) < size - 1:
+        time.sleep(0.05)
+    return told
+
+
+def test_on_a_mesh_all_hear_of_the_dead_while_the_others_live(tmp_path: Path) -> None:
+    endings = watch(4, lose_one_of_a_mesh, tmp_path=tmp_path)
+    for told in failures_of(endings[:3]):
+        assert "died, or gave up the group after an error" in str(told)
 
 
 def stall(rank: int, store: Path, size: int, how: str, where: str) -> Failure:

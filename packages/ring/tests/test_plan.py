@@ -515,12 +515,12 @@ def test_every_plan_can_be_described(each: Sizes) -> None:
     [
         ({"world_size": None}, ValueError, "world_size: expected a number of ranks beside a length, got None"),
         ({"world_size": 0}, ValueError, "world_size: expected a positive int, got 0"),
-        ({"sequence": -1}, ValueError, "sequence: expected a positive int, got -1"),
+        ({"sequence": -1}, ValueError, "sequence: expected an int of at least 0, got -1"),
         ({"sequence": "80"}, TypeError, "bounds: expected a sequence of positions, got str"),
         ({"sequence": [0, 4, 3]}, ValueError, r"bounds: expected positions that rise from 0 .*, got \[0, 4, 3\]"),
         ({"sequence": [1, 4]}, ValueError, r"bounds: expected positions that rise from 0 .*, got \[1, 4\]"),
         ({"sequence": [0, 4, 80]}, ValueError, r"bounds: expected world_size \+ 1 = 5 positions, got 3"),
-        ({"sequence": [0, 4, 6, 8.0, 9]}, TypeError, r"bounds\[3\]: expected a positive int, got 8.0"),
+        ({"sequence": [0, 4, 6, 8.0, 9]}, TypeError, r"bounds\[3\]: expected an int of at least 0, got 8.0"),
         ({"heads": 0}, ValueError, "heads: expected a positive int, got 0"),
         ({"kv_heads": 3}, ValueError, "kv_heads: expected a divisor of the 4 heads, got 3"),
         ({"is_causal": 1}, TypeError, "is_causal: expected a bool, got 1"),
@@ -541,7 +541,7 @@ def test_bad_arguments_of_a_plan(arguments: dict[str, object], error: type[Excep
     [
         ({"dtype": torch.int64}, TypeError, r"dtype: expected one of \['torch.float64', .*, got torch.int64"),
         ({"head_dim": 0}, ValueError, "head_dim: expected a positive int, got 0"),
-        ({"batch": -1}, ValueError, "batch: expected a positive int, got -1"),
+        ({"batch": -1}, ValueError, "batch: expected an int of at least 0, got -1"),
         ({"phase": "both"}, ValueError, "phase: expected one of .*, got 'both'"),
         ({"masked": None}, TypeError, "masked: expected a bool, got None"),
     ],

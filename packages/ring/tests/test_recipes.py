@@ -25,7 +25,7 @@ from dilated_ring.modules import RingDilatedAttention, RingMultiheadDilatedAtten
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 TRAIN, SLIDE = EXAMPLES / "train_longnet.py", EXAMPLES / "encode_slide.py"
-SECONDS = 240  # for a run, on a slow and busy machine; then it is killed
+SECONDS = 480  # for a run, on a slow and busy machine; then it is killed
 
 # As the last line of a traceback; torch puts the rank before it.
 PEER_ERROR = r"^(\[rank\d\]: )?dilated_ring\.errors\.PeerError: rank \d of [24], exchanging"

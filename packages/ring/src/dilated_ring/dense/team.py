@@ -65,15 +65,27 @@ class Team(NamedTuple):
         row, heads_ticket, ring_ticket = [length], None, None
         if self.heads is not None:
             try:
-                row, heads_ticket = agree_with_ticket(self.heads, {**call, "call": of_forward[0]}, length)
+                row, heads_ticket = self._agree(
+                    self.heads, f"row {self.place[0]}", {**call, "call": of_forward[0]}, length
+                )
             except DisagreementError as error:
                 if self.ring is not None:
                     refuse(self.ring, error)
                 raise
         if self.ring is None or self.ring.size == 1:
             return row, (heads_ticket, None)
-        lengths, ring_ticket = agree_with_ticket(self.ring, {**call, "call": of_forward[1]}, sum(row))
+        column = f"column {self.place[1]}"
+        lengths, ring_ticket = self._agree(self.ring, column, {**call, "call": of_forward[1]}, sum(row))
         return lengths if self.heads is None else _rows(self.ring, row), (heads_ticket, ring_ticket)
+
+    def _agree(self, comm: Comm, where: str, call: Mapping[str, object], length: int) -> tuple[list[int], int]:
+        """``agree_with_ticket`` of some of the ranks; where they are not all, errors say which."""
+        try:
+            return agree_with_ticket(comm, call, length)
+        except DisagreementError as error:
+            if comm.size == self.size:
+                raise
+            raise DisagreementError(f"in {where} of the mesh, {error}") from None
 
     def refuse(self, error: Exception) -> None:
         """Tell the others, who are about to agree, that this rank raises ``error`` instead."""
