@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -698,3 +698,21 @@ def test_compiled_without_a_process_group() -> None:
 @given(problem=problems(rings))
 def test_fuzz(problem: tuple[Case, Way]) -> None:
     check(*problem)
+
+
+@pytest.mark.parametrize(
+    ("cut", "kind", "message"),
+    [
+        (lambda: shard([1, 2], 0, 2), TypeError, "tensor: expected a torch.Tensor, got list"),
+        (
+            lambda: shard(torch.ones(4), 0, 2),
+            ValueError,
+            r"dim: expected a dimension of tensor, .* got 1",
+        ),
+        (lambda: unshard([torch.ones(1, 2), 3]), TypeError, r"shards\[1\]: expected a torch.Tensor, got int"),
+        (lambda: unshard([torch.ones(2)]), ValueError, r"dim: expected a dimension of shards\[0\], of shape \(2,\)"),
+    ],
+)
+def test_what_cannot_be_cut_is_named(cut: Callable[[], object], kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        cut()

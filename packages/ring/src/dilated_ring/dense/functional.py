@@ -90,8 +90,8 @@ def ring_attention(
     Every rank calls this with its shard and gets the output of its own rows. Ring (arXiv 2310.01889): keys and values
     go from rank to rank, each on its way while the last are attended, and their gradients follow them home; memory is
     that of shards, not of the sequence. All-to-all (Ulysses, arXiv 2309.14509): ranks exchange positions of all heads
-    for all positions of some heads, and back. On a mesh of two dimensions both: its first is the ring, its second
-    exchanges heads, and shards are numbered row by row.
+    for all positions of some heads, and back; ranks beyond the number of key heads get none. On a mesh of two
+    dimensions both: its first is the ring, its second exchanges heads, and shards are numbered row by row.
 
     All ranks must also take part in the backward: an output of one rank that the loss leaves out makes the others wait.
 

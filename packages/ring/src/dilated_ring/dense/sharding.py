@@ -101,6 +101,7 @@ def shard(tensor: Tensor, rank: int, world_size: int, *, dim: int = 1, balance: 
     if checks.length("rank", rank) >= world_size:
         raise ValueError(f"rank: expected less than world_size = {world_size}, got {rank}")
     checks.choice("balance", balance, BALANCES)
+    _check_dim("tensor", tensor, dim)
     length = tensor.shape[dim]
     if balance == "contiguous":
         start, stop = even_bounds(length, world_size)[rank : rank + 2]
@@ -127,6 +128,8 @@ def unshard(shards: Sequence[Tensor], *, dim: int = 1, balance: str = "contiguou
     checks.choice("balance", balance, BALANCES)
     if not shards:
         raise ValueError("shards: expected at least one tensor, got none")
+    for index, part in enumerate(shards):
+        _check_dim(f"shards[{index}]", part, dim)
     if balance == "contiguous":
         return torch.cat(list(shards), dim)
     ranks = pieces_of((0, *accumulate(part.shape[dim] for part in shards)), balance)
@@ -136,3 +139,11 @@ def unshard(shards: Sequence[Tensor], *, dim: int = 1, balance: str = "contiguou
         parts += zip(pieces, part.split(lengths, dim) if lengths else (), strict=True)
     parts.sort(key=lambda pair: pair[0])
     return torch.cat([part for _, part in parts], dim) if parts else shards[0]
+
+
+def _check_dim(name: str, tensor: object, dim: int) -> None:
+    """Raise TypeError or ValueError where it is no tensor, or has no such dimension."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+    if not -tensor.ndim <= dim < tensor.ndim:
+        raise ValueError(f"dim: expected a dimension of {name}, of shape {tuple(tensor.shape)}, got {dim}")
