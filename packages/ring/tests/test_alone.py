@@ -19,6 +19,7 @@ from dilated_ring import (
     ring_attention,
 )
 from dilated_ring.comm import Comm, run_ranks
+from dilated_ring.dilated.agreement import rank_plan
 
 RANKS = 3
 Attention = Callable[..., Tensor]
@@ -105,8 +106,10 @@ def test_a_rank_that_gave_up_says_so_when_it_tries_again() -> None:
     assert outcomes(work) == [None] * RANKS
 
 
-@each_attention
-def test_a_tensor_changed_in_place_on_one_rank_is_told_to_the_others(attention: Attention) -> None:
+@pytest.mark.parametrize("name", ["gather", "heads", "ring"])  # an exchange of heads keeps copies
+def test_a_tensor_changed_in_place_on_one_rank_is_told_to_the_others(name: str) -> None:
+    attention = ATTENTIONS[name]
+
     def work(comm: Comm) -> None:
         query, key, value = leaves()
         changed = query.clone()
@@ -116,12 +119,10 @@ def test_a_tensor_changed_in_place_on_one_rank_is_told_to_the_others(attention: 
         out.sum().backward()
 
     errors = outcomes(work)
-    all_to_all_keeps_copies = attention is ATTENTIONS["all-to-all"]
-    if not all_to_all_keeps_copies:
-        assert type(errors[2]) is RuntimeError
-        for rank in (0, 1):
-            assert type(errors[rank]) is DisagreementError
-            assert "modified by an inplace operation" in str(errors[rank])
+    assert type(errors[2]) is RuntimeError
+    for rank in (0, 1):
+        assert type(errors[rank]) is DisagreementError
+        assert "modified by an inplace operation" in str(errors[rank])
 
 
 class Table(torch.nn.Module):
@@ -150,6 +151,13 @@ def test_virtual_ranks_inherit_the_callers_mode() -> None:
     with torch.inference_mode():
         assert run_ranks(2, lambda comm: torch.is_inference_mode_enabled()) == [True, True]
     assert run_ranks(2, lambda comm: torch.is_grad_enabled()) == [True, True]
+
+
+def test_the_last_plans_are_kept() -> None:
+    rank_plan.cache_clear()
+    for _ in range(3):
+        run_ranks(RANKS, lambda comm: dilated(*leaves(), group=comm).sum().backward())
+    assert rank_plan.cache_info().misses == RANKS
 
 
 def test_bounds_may_be_numpys() -> None:

@@ -157,4 +157,4 @@ def _attend_backward_results(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-make_differentiable(_attend, _attend_backward)
+make_differentiable("attend", _attend, _attend_backward)

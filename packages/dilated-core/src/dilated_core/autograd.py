@@ -11,10 +11,11 @@ from torch._library.custom_ops import CustomOpDef
 Gradients = tuple[Tensor | None, ...]
 
 
-def make_differentiable(forward: CustomOpDef, backward: CustomOpDef) -> None:
+def make_differentiable(name: str, forward: CustomOpDef, backward: CustomOpDef) -> None:
     """Register ``backward`` as the gradient of ``forward``.
 
     Args:
+        name: of the public function, for errors.
         forward: operator of (query, key, value, *options) that returns (out, lse).
         backward: operator of (grad_out, grad_lse or None, query, key, value, out, lse, *options) that returns the
             gradients of query, key and value.
@@ -41,7 +42,7 @@ def make_differentiable(forward: CustomOpDef, backward: CustomOpDef) -> None:
         return (*grads, *(None for _ in options))
 
     def refuse(ctx: Any, *grads: Tensor) -> Gradients:
-        raise RuntimeError("dilated_attention: second derivatives are not defined")
+        raise RuntimeError(f"{name}: second derivatives are not defined")
 
     forward.register_autograd(differentiate, setup_context=save)
     backward.register_autograd(refuse)

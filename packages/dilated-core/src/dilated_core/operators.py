@@ -91,7 +91,7 @@ def _gradients(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-make_differentiable(_operator, _backward_operator)
+make_differentiable("dilated_attention", _operator, _backward_operator)
 
 
 class _Function(torch.autograd.Function):

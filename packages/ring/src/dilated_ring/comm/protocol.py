@@ -10,6 +10,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from dilated_ring.errors import DisagreementError
+
 
 @dataclass(frozen=True)
 class Purpose:
@@ -92,11 +94,11 @@ class Comm(Protocol):
 def together(*comms: Comm | None) -> Iterator[None]:
     """Give up all ``comms`` where this rank fails in the midst of a call: its peers would wait for what never comes.
 
-    A ValueError (a DisagreementError is one) is not such a failure: every rank raises it, and all can go on.
+    A DisagreementError is no such failure: every rank raises it, and all can go on.
     """
     try:
         yield
-    except ValueError:
+    except DisagreementError:
         raise
     except BaseException:
         for comm in comms:

@@ -107,7 +107,6 @@ def settle(
 
     Raises:
         DisagreementError: on every rank, where they were called differently.
-        ValueError: on every rank, where their lengths do not fit the balance.
     """
     if team.size == 1:
         return (0, shard.length), (None, None)
@@ -117,7 +116,6 @@ def settle(
         del fields["length"], fields["kernel"]
         lengths, tickets = team.agree(fields, shard.length, of_forward)
         bounds = (0, *accumulate(lengths))
-    pieces_of(bounds, call.balance)
     return bounds, tickets
 
 

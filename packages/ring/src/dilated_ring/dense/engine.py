@@ -148,8 +148,8 @@ class Engine:
         """
         lse, grad_lse = rows_for_backward(lse, grad_lse)
         self.grad_query = self.zeros(*self.shape)
-        by_row = [last_stride_1(grad_out), grad_lse, last_stride_1(out), lse]
-        self.by_row = [None if rows is None else self._by_block(rows) for rows in by_row]
+        self.by_row = [self._by_block(rows) for rows in (last_stride_1(grad_out), last_stride_1(out), lse)]
+        self.grad_lse = None if grad_lse is None else self._by_block(grad_lse)
 
     def differentiate(self, keys: Keys, grad_key: Tensor, grad_value: Tensor) -> None:
         """Add the gradients of attention to these keys to ``grad_query`` and to ``grad_key`` and ``grad_value``.
@@ -161,12 +161,8 @@ class Engine:
         for tile, block in self._tiles(keys):
             problem = self._problem(keys, tile, block)
             if problem is not None:
-                grad_out, grad_lse, out, lse = (
-                    None if rows is None else _lanes(rows[:, tile.rows, :, block]) for rows in self.by_row
-                )
-                assert grad_out is not None
-                assert out is not None
-                assert lse is not None
+                grad_out, out, lse = (_lanes(rows[:, tile.rows, :, block]) for rows in self.by_row)
+                grad_lse = None if self.grad_lse is None else _lanes(self.grad_lse[:, tile.rows, :, block])
                 grads = tile_backward(self.kernel, problem, grad_out, grad_lse, out, lse)
                 by_key = (_lanes(total[:, tile.keys]) for total in (grad_key, grad_value))
                 add_tile(grads, (_lanes(grad_query[:, tile.rows, :, block]), *by_key))

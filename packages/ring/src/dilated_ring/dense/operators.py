@@ -44,7 +44,8 @@ class _Function(torch.autograd.Function):
         shard = Shard.of(inputs)
         with team.together():
             bounds, tickets = settle(team, call, shard, "forward")
-            rank = Rank(team, call, bounds, shard, resources)
+        rank = Rank(team, call, bounds, shard, resources)  # raises on every rank where lengths do not fit the balance
+        with team.together():
             gathered = rank.gather(inputs, "forward")
             (out, lse), results = rank.forward(gathered)
         ctx.set_materialize_grads(False)
@@ -130,7 +131,8 @@ def _operator(
     shard = Shard.of(inputs)
     with team.together():
         bounds, _ = settle(team, call, shard, "forward")
-        rank = Rank(team, call, bounds, shard, NO_RESOURCES)
+    rank = Rank(team, call, bounds, shard, NO_RESOURCES)
+    with team.together():
         (out, lse), _ = rank.forward(rank.gather(inputs, "forward"))
     return out, lse.transpose(1, 2)
 
@@ -184,7 +186,7 @@ def _gradients(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-make_differentiable(_operator, _backward_operator)
+make_differentiable("ring_attention", _operator, _backward_operator)
 # A graph whose rank does not use the result must not leave the call out: the other ranks wait for its rows.
 for _operator_name in ("ring_attention", "ring_attention_backward"):
     has_side_effect(getattr(torch.ops.dilated_ring, _operator_name).default)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -52,27 +53,39 @@ def settle(
     Raises:
         DisagreementError: on every rank, where they were called differently.
     """
-    options = call.options
     bounds, ticket = agree_on(comm, call, query, key, phase)
-
-    def create() -> RankPlan:
-        plan = make_plan(
-            bounds,
-            options.segment_lengths,
-            options.dilation_rates,
-            query.shape[2],
-            kv_heads=key.shape[2],
-            is_causal=options.is_causal,
-            semantics=options.semantics,
-            exchange=call.exchange,
-        )
-        return plan.for_rank(comm.rank)
-
+    what = *call.options[:4], bounds, query.shape[2], key.shape[2], call.exchange, comm.rank
     if patterns is None:
-        return create(), ticket
-    what = *options[:4], bounds, query.shape[2], key.shape[2], call.exchange, comm.rank
-    plan: RankPlan = patterns.get_or_create(("dilated_ring.rank_plan", *what), create)
+        return rank_plan(*what), ticket
+    plan: RankPlan = patterns.get_or_create(("dilated_ring.rank_plan", *what), lambda: rank_plan.__wrapped__(*what))
     return plan, ticket
+
+
+# A layer has the same plan at every step, and all layers mostly have it in common; with many ranks it is worth keeping.
+@lru_cache(maxsize=8)
+def rank_plan(
+    segment_lengths: tuple[int, ...],
+    dilation_rates: tuple[int, ...],
+    semantics: str,
+    is_causal: bool,
+    bounds: tuple[int, ...],
+    heads: int,
+    kv_heads: int,
+    exchange: tuple[str, ...],
+    rank: int,
+) -> RankPlan:
+    """What one rank is to do, see ``make_plan``; the last few are kept."""
+    plan = make_plan(
+        bounds,
+        segment_lengths,
+        dilation_rates,
+        heads,
+        kv_heads=kv_heads,
+        is_causal=is_causal,
+        semantics=semantics,
+        exchange=exchange,
+    )
+    return plan.for_rank(rank)
 
 
 def agree_on(
@@ -87,31 +100,30 @@ def agree_on(
     Raises:
         DisagreementError: on every rank, where they were called differently.
     """
-    options, bounds, ticket = call.options, call.bounds, None
-    if call.listens:
-        batch, length, heads, head_dim = query.shape
-        fields = {
-            "function": "dilated_ring_attention",
-            "phase": phase,
-            "call": of_forward,
-            "batch": batch,
-            "heads": heads,
-            "kv_heads": key.shape[2],
-            "head_dim": head_dim,
-            "dtype": query.dtype,
-            "device": query.device.type,
-            **options._replace(kernel="", scale=call.signed_scale)._asdict(),
-            "bounds": bounds,
-            "exchange": _words(call.exchange),
-            "key_padding_mask": "given" if call.masked else None,
-            "return_aux.lse": call.with_lse,
-            "gradients": call.differentiable,
-            "refetch": not call.keep if call.differentiable else None,
-        }
-        lengths, ticket = agree_with_ticket(comm, fields, length)
-        bounds = bounds or (0, *accumulate(lengths))
-    assert bounds is not None
-    return bounds, ticket
+    options, bounds = call.options, call.bounds
+    if bounds is not None and not call.verify:
+        return bounds, None
+    batch, length, heads, head_dim = query.shape
+    fields = {
+        "function": "dilated_ring_attention",
+        "phase": phase,
+        "call": of_forward,
+        "batch": batch,
+        "heads": heads,
+        "kv_heads": key.shape[2],
+        "head_dim": head_dim,
+        "dtype": query.dtype,
+        "device": query.device.type,
+        **options._replace(kernel="", scale=call.signed_scale)._asdict(),
+        "bounds": bounds,
+        "exchange": _words(call.exchange),
+        "key_padding_mask": "given" if call.masked else None,
+        "return_aux.lse": call.with_lse,
+        "gradients": call.differentiable,
+        "refetch": not call.keep if call.differentiable else None,
+    }
+    lengths, ticket = agree_with_ticket(comm, fields, length)
+    return bounds or (0, *accumulate(lengths)), ticket
 
 
 def _words(exchange: tuple[str, ...]) -> str:

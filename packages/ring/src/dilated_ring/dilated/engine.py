@@ -123,10 +123,9 @@ class Rank:
             [self.exchanges.room(segment, self.shard.query), self.exchanges.room(segment, lse)]
             for segment in route.segments
         ]
-        rooms_of = {id(segment): rooms for segment, rooms in zip(route.segments, results, strict=True)}
         for meeting in self.meetings.of(number, route, gathered, self.shard):
             partial = meeting.partial(self.kernel)
-            places = [meeting.strip.of_segment(room.of(meeting.block)) for room in rooms_of[id(meeting.segment)]]
+            places = [meeting.strip.of_segment(room.of(meeting.block)) for room in results[meeting.at]]
             if partial is None:
                 places[0].zero_()
                 places[1].fill_(-math.inf)
@@ -213,9 +212,8 @@ class Rank:
         """Add the gradients of the rank's own rows, and start to send those of the gathered keys to their owners."""
         shard = self.shard
         results = [self._zeros(segment, [shard.key, shard.value]) for segment in route.segments]
-        rooms_of = {id(segment): rooms for segment, rooms in zip(route.segments, results, strict=True)}
         for meeting in self.meetings.of(number, route, gathered, shard):
-            segment, block, strip, reaches = meeting
+            at, segment, block, strip, reaches = meeting
             views = (heads_first(strip.of_shard(rows.of(block, segment.share))) for rows in by_query)
             grad_out, out, lse, *grad_lse = views
             if self.options.semantics == "torchscale":
@@ -227,7 +225,7 @@ class Rank:
                 if rows is None:
                     places += [strip.of_shard(total.of(block, segment.share)) for total in sums[1:]]
                 else:
-                    places += [strip.of_segment(room.of(block), *rows) for room in rooms_of[id(segment)]]
+                    places += [strip.of_segment(room.of(block), *rows) for room in results[at]]
                 grads = tile_backward(self.options.kernel, problem, grad_out, _only(grad_lse), out, lse)
                 add_tile(grads, places)
         purpose = _purpose("gradients of keys and values", "backward", route)
@@ -244,10 +242,9 @@ class Rank:
         """Attend whole heads backwards, and start to send all gradients to who owns the rows."""
         shard = self.shard
         grads = [self._zeros(segment, [shard.query, shard.key, shard.value]) for segment in route.segments]
-        rooms_of = {id(segment): each for segment, *each in zip(route.segments, results, grads, strict=True)}
         for meeting in self.meetings.of(number, route, gathered, shard):
-            segment, block, strip, reaches = meeting
-            by_query, totals = rooms_of[id(segment)]
+            at, _, block, strip, reaches = meeting
+            by_query, totals = results[at], grads[at]
             grad_out, out, lse, *grad_lse = (heads_first(strip.of_segment(room.of(block))) for room in by_query)
             if self.options.semantics == "torchscale":
                 out = self._own_out(meeting, out)

@@ -121,12 +121,13 @@ def dilated_ring_attention(
         key_padding_mask: (batch, local seq), bool, True where this rank's key is real; on all ranks or on none.
         exchange: "auto" lets each branch move what brings the busiest rank fewer bytes; "gather": the keys and values
             that rows attend; "heads": all rows of some heads. One for all branches, or a sequence with one for each.
-        refetch: False keeps gathered rows for the backward, ``plan.bytes`` of them; True frees them and gathers again.
+        refetch: False keeps gathered rows for the backward, ``plan.bytes`` of them; True frees them and gathers again
+            (the forward's own peak stays: all its exchanges start at once).
             Under torch.compile they are always gathered again.
         verify: whether ranks compare how they were called before rows travel, in a small exchange of its own. Without
             it, and with ``bounds``, that is saved, and a difference between ranks is undefined behaviour.
         allocator: where results, buffers and scratch are allocated; torch.empty by default.
-        patterns: where plans are kept between calls; planned anew by default. Neither is used under torch.compile.
+        patterns: where plans are kept between calls; by default the last few are. Neither is used under torch.compile.
         return_aux: ``AuxRequest(lse=True)`` to have the lse of this rank's rows too; on all ranks or on none.
 
     Returns:

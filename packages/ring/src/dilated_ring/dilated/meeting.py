@@ -46,10 +46,11 @@ class Meeting(NamedTuple):
     """Query rows of one strip and all that they reach in one segment.
 
     Attributes:
-        segment, block, strip: whose rows.
+        at, segment, block, strip: whose rows; ``at`` is the segment's number in its route.
         reaches: usually one.
     """
 
+    at: int
     segment: Segment
     block: int
     strip: Strip
@@ -95,7 +96,7 @@ class Meetings:
             gathered: for each segment, of query (where whole heads are attended), key, value and (masked) real.
         """
         problems = 0
-        for segment, rooms in zip(route.segments, gathered, strict=True):
+        for at, (segment, rooms) in enumerate(zip(route.segments, gathered, strict=True)):
             for block in range(len(segment.own)):
                 for strip in (segment.whole if route.by_heads else segment.own)[block]:
                     find = self._whole_heads if route.by_heads else self._own_rows
@@ -113,7 +114,7 @@ class Meetings:
                         )
                         reaches.append(Reach(problem, rows))
                         problems += 1
-                    yield Meeting(segment, block, strip, reaches)
+                    yield Meeting(at, segment, block, strip, reaches)
 
     def _dropout(self, number: int) -> Dropout | None:
         return None if self.seed is None else Dropout(self.options.dropout_p, (self.seed + number) % 2**63)

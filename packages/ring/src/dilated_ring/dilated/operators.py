@@ -250,7 +250,7 @@ def _gradients(
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
 
 
-make_differentiable(_operator, _backward_operator)
+make_differentiable("dilated_ring_attention", _operator, _backward_operator)
 # A graph whose rank does not use the result must not leave the call out: the other ranks wait for its rows.
 for _name in ("dilated_ring_attention", "dilated_ring_attention_backward"):
     has_side_effect(getattr(torch.ops.dilated_ring, _name).default)
