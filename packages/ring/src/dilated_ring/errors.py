@@ -33,7 +33,7 @@ class PeerError(RingError):
 
 
 def named(ranks: Sequence[int]) -> str:
-    """Ascending ranks in words: ``rank 2``, ``ranks 0, 1 and 3``, ``ranks 0-5 and 7``.
+    """Ascending ranks in words: ``rank 2``, ``ranks 0, 2 and 4``, ``ranks 0-5 and 7``.
 
     >>> named([2]), named([0, 1, 2, 5])
     ('rank 2', 'ranks 0-2 and 5')

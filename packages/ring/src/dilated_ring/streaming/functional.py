@@ -88,7 +88,7 @@ def streamed_attention(
         is_causal: row i sees keys up to i; needs kv_seq == seq. Chunks of keys after a chunk of queries are skipped.
         scale: factor on the scores, 1 / sqrt(head_dim) by default.
         key_padding_mask: (batch, kv_seq), bool, on the CPU or query's device, True where the key is real. What padding
-            holds, even NaN, has no influence. With is_causal: both.
+            of keys holds, even NaN, has no influence. With is_causal: both.
         kernel: a name from ``dilated_core.kernels.table()``, or "auto" for the first that can run.
         return_aux: ``AuxRequest(lse=True)`` to have the lse too.
         progress: called as ``progress(done, total)`` after each tile (a chunk of queries meets a chunk of keys), on
