@@ -140,6 +140,38 @@ def test_an_installed_ring_is_found_and_used_by_auto(install: Install) -> None:
     assert create_dilated_attention("ring", sequence_length=511).decision.pool_mode == "lightweight"
 
 
+def test_an_installed_block_sparse_is_found_and_chosen_only_where_that_is_allowed(install: Install) -> None:
+    entries = {"block_sparse": "sparse_types", "block_sparse_ring": "sparse_types"}
+    install("dilated-ring", "dilated_ring", ring="dilated_ring")
+    install("dilated-block-sparse", "sparse_types", **entries)
+    assert [name for name in registry.installed() if name.startswith("block")] == list(entries)
+    decision = create_dilated_attention("block_sparse", [4], [1], window=5).decision
+    assert (decision.attention_type, decision.pool_mode) == ("block_sparse", "lightweight")
+    assert create_dilated_attention("auto", sequence_length=100_000).decision.attention_type == "improved"
+    allowed = create_multihead_dilated_attention("auto", 8, 2, sequence_length=100_000, allow_sparse=True)
+    assert (allowed.decision.attention_type, allowed.decision.pool_mode) == ("block_sparse_ring", "full")
+
+
+def test_block_sparse_ring_is_not_there_without_a_ring(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+    install("dilated-block-sparse", "sparse_types", block_sparse="sparse_types", block_sparse_ring="sparse_types")
+    monkeypatch.setitem(sys.modules, "dilated_ring", None)  # as if it were not installed, where it is
+    assert "block_sparse" in registry.installed()
+    assert "block_sparse_ring" not in registry.installed()
+    with pytest.raises(NotInstalledError, match=r"needs dilated-ring, which is not installed: .*\[block-sparse,ring\]"):
+        create_dilated_attention("block_sparse_ring", [4], [1])
+    decision = create_dilated_attention("auto", sequence_length=100_000, allow_sparse=True).decision
+    assert decision.attention_type == "improved"
+    assert "not block_sparse_ring, though 100,000 tokens is above" in str(decision)
+
+
+def test_another_distributions_block_sparse_ring_needs_no_ring_of_ours(
+    install: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install("other-attention", "other_types", block_sparse_ring="other_types")
+    monkeypatch.setitem(sys.modules, "dilated_ring", None)
+    assert registry.installed()["block_sparse_ring"].distribution == "other-attention"
+
+
 def test_a_distribution_installed_later_is_found(install: Install) -> None:
     with pytest.raises(NotInstalledError):
         create_dilated_attention("ring", [4], [1])

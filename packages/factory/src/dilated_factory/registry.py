@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
+import importlib.util
 import os
 import re
 import sys
@@ -28,10 +29,14 @@ _FACTORY = "dilated-factory"
 
 @dataclass(frozen=True)
 class KnownType:
-    """A type of this project: the distribution that provides it, and the factory's extra that brings that."""
+    """A type of this project: the distribution that provides it, and the factory's extra that brings that.
+
+    `beside` is a distribution that the type needs and its own does not always bring.
+    """
 
     distribution: str
     extra: str = ""
+    beside: str = ""
 
 
 KNOWN = {
@@ -40,7 +45,7 @@ KNOWN = {
     "ring": KnownType("dilated-ring", "ring"),
     "distributed": KnownType("dilated-ring", "ring"),
     "block_sparse": KnownType("dilated-block-sparse", "block-sparse"),
-    "block_sparse_ring": KnownType("dilated-block-sparse", "block-sparse,ring"),
+    "block_sparse_ring": KnownType("dilated-block-sparse", "block-sparse,ring", beside="dilated-ring"),
 }
 
 # What this distribution's own metadata registers, for a source tree on PYTHONPATH, which has no metadata.
@@ -90,13 +95,15 @@ def installed() -> dict[str, Registration]:
 
     Where several distributions register one name, the one this project names as its provider wins, otherwise
     the first in alphabetical order. Warns (UserWarning) of each such name, and of a registration of "auto",
-    which is ignored.
+    which is ignored. A type of this project that needs a distribution which is missing is left out.
 
     >>> list(installed())[:2]
     ['standard', 'improved']
     """
     candidates: dict[str, list[Registration]] = {}
     for entry, distribution, version in _entry_points():
+        if entry.name in KNOWN and distribution == KNOWN[entry.name].distribution and _missing(entry.name):
+            continue
         candidates.setdefault(entry.name, []).append(Registration(entry.name, entry.value, distribution, version))
 
     found = {name: _elect(name, candidates[name]) for name in _ordered(candidates) if name != AUTO}
@@ -129,9 +136,10 @@ def check_name(name: object, usable: dict[str, Registration]) -> None:
     if name in KNOWN:
         version = lacks_extra(name)
         later = f" (dilated-factory {version} has no such extra yet)" if version else ""
+        registered = any(entry.name == name for entry, _, _ in _entry_points())
+        lacking = f"needs {_missing(name)}" if registered else f"is provided by {KNOWN[name].distribution}"
         raise NotInstalledError(
-            f'attention_type: "{name}" is provided by {KNOWN[name].distribution}, which is not installed: '
-            f"{install_command(name)}{later}"
+            f'attention_type: "{name}" {lacking}, which is not installed: {install_command(name)}{later}'
         )
     names = [AUTO, *KNOWN, *(extra for extra in usable if extra not in KNOWN)]
     near = difflib.get_close_matches(name.lower(), names, n=1)
@@ -157,6 +165,12 @@ def load(registration: Registration) -> AttentionType:
         if not callable(getattr(loaded, builder, None)):
             raise TypeError(f"{who}: expected callables attention and multihead, {builder} is none")
     return cast("AttentionType", loaded)
+
+
+def _missing(name: str) -> str:
+    """The distribution beside its own that a known type needs and that is not here; "" where there is none."""
+    beside = KNOWN[name].beside
+    return beside if beside and importlib.util.find_spec(beside.replace("-", "_")) is None else ""
 
 
 def _entry_points() -> tuple[tuple[EntryPoint, str, str | None], ...]:

@@ -1,0 +1,48 @@
+"""Exact block-sparse attention, forward and backward, whose cost follows the blocks that are kept."""
+
+from typing import Any
+
+from dilated_block_sparse.adaptive import (
+    BlockScorer,
+    BlockSparseAdaptiveAttention,
+    attention_recall,
+    block_scores,
+)
+from dilated_block_sparse.functional import block_sparse_attention
+from dilated_block_sparse.layout import BlockLayout
+from dilated_block_sparse.modules import BlockSparseAttention, BlockSparseMultiheadAttention, Pattern
+
+_RING = (
+    "BlockSparseRingAttention",
+    "BlockSparseRingMultiheadAttention",
+    "BlockSparseRingPlan",
+    "block_sparse_ring_attention",
+)
+
+__all__ = [
+    "BlockLayout",
+    "BlockScorer",
+    "BlockSparseAdaptiveAttention",
+    "BlockSparseAttention",
+    "BlockSparseMultiheadAttention",
+    "Pattern",
+    "attention_recall",
+    "block_scores",
+    "block_sparse_attention",
+    *_RING,
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Attention over many ranks is imported when it is asked for: it needs the extra "ring"."""
+    if name not in _RING:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from dilated_block_sparse import ring
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("dilated_ring"):
+            raise
+        raise ImportError(
+            f'{name} needs dilated-ring, which is not installed: pip install "dilated-block-sparse[ring]"'
+        ) from error
+    return getattr(ring, name)

@@ -1,0 +1,279 @@
+"""The attention types that this distribution registers: entry points of the group "dilated.attention".
+
+Each has two builders, ``attention`` and ``multihead``, called by keyword with the pattern, the sizes and options.
+``dilated_factory`` finds them; nothing here knows of it. The ring is imported when one of its modules is built.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from dilated_block_sparse.layout import BlockSize
+from dilated_block_sparse.modules import BlockSparseAttention, BlockSparseMultiheadAttention, LayoutLike, Pattern
+from dilated_core import Allocator, DilatedPattern, PatternStore
+
+# What sparsity_ratio alone means.
+DEFAULT_PATTERN = "dilated_sparse"
+
+
+class Builders(NamedTuple):
+    """Attributes:
+    attention: (segment_lengths, dilation_rates, **options) -> module of (query, key, value), heads apart.
+    multihead: (embed_dim, num_heads, segment_lengths, dilation_rates, **options) -> module.
+    """
+
+    attention: Callable[..., nn.Module]
+    multihead: Callable[..., nn.Module]
+
+
+def choose_layout(
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    layout: LayoutLike | None = None,
+    pattern: str | None = None,
+    sparsity_ratio: float | None = None,
+    block_size: BlockSize | None = None,
+    seed: int | None = None,
+    is_causal: bool = False,
+    num_heads: int = 1,
+) -> LayoutLike:
+    """The layout that a builder's options mean.
+
+    Args:
+        segment_lengths, dilation_rates: LongNet's branches. Alone they mean the blocks that hold one of their pairs,
+            ``BlockLayout.longnet``: with rates below the block size, whole segments. Beside ``layout`` or
+            ``sparsity_ratio`` they must be the paper's, which the factory gives where its caller gave none.
+        layout: a layout, Pattern or function, taken as it is, with none of the following.
+        pattern: a name that ``BlockLayout.named`` takes, with sparsity_ratio; "dilated_sparse" by default.
+        sparsity_ratio: the share of blocks that is left out.
+        block_size: tokens in a block, or (rows, columns); None for the constructor's own.
+        seed: of patterns that are drawn, with sparsity_ratio; None for the constructor's own.
+        is_causal: whether the layout is for causal attention, so that the share is one of the blocks it can see.
+        num_heads: query heads, whose offsets differ in LongNet's branches.
+
+    Raises:
+        TypeError, ValueError: an option of a wrong type or value, or two that contradict.
+
+    >>> choose_layout([64], [1], block_size=16)
+    Pattern('longnet', block_size=16, dilation_rates=(1,), heads=1, segment_lengths=(64,))
+    """
+    branches = DilatedPattern(segment_lengths, dilation_rates)
+    size = {} if block_size is None else {"block_size": block_size}
+    given = {"pattern": pattern, "sparsity_ratio": sparsity_ratio, "block_size": block_size, "seed": seed}
+    if layout is not None:
+        _refuse_beside("layout", {**given, "segment_lengths": _lengths_unless_default(branches)})
+        return layout
+    if sparsity_ratio is not None:
+        _refuse_beside("sparsity_ratio", {"segment_lengths": _lengths_unless_default(branches)})
+        drawn = {} if seed is None else {"seed": seed}
+        causal = {"is_causal": True} if is_causal else {}
+        name = DEFAULT_PATTERN if pattern is None else pattern
+        return Pattern(name, sparsity_ratio=sparsity_ratio, **size, **drawn, **causal)
+    for name, value in (("pattern", pattern), ("seed", seed)):
+        if value is not None:
+            raise ValueError(
+                f"{name}: expected None without sparsity_ratio, got {value!r} "
+                "(a pattern by numbers of its own is a Pattern, given as layout)"
+            )
+    return Pattern(
+        "longnet",
+        segment_lengths=branches.segment_lengths,
+        dilation_rates=branches.dilation_rates,
+        heads=num_heads if max(branches.dilation_rates) > 1 else 1,
+        **size,
+    )
+
+
+def _attention(
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    layout: LayoutLike | None = None,
+    pattern: str | None = None,
+    sparsity_ratio: float | None = None,
+    block_size: BlockSize | None = None,
+    seed: int | None = None,
+    softmax_scale: float | None = None,
+    attention_dropout: float = 0.0,
+    is_causal: bool = False,
+    enable_gqa: bool = False,
+    backend: str = "auto",
+    kernel: str = "auto",
+    allocator: Allocator | None = None,
+    patterns: PatternStore | None = None,
+) -> BlockSparseAttention:
+    """BlockSparseAttention; of LongNet's branches those of head 0 for all heads, whose number is not known here."""
+    chosen = choose_layout(
+        segment_lengths,
+        dilation_rates,
+        layout=layout,
+        pattern=pattern,
+        sparsity_ratio=sparsity_ratio,
+        block_size=block_size,
+        seed=seed,
+        is_causal=is_causal,
+    )
+    return BlockSparseAttention(
+        chosen,
+        softmax_scale=softmax_scale,
+        attention_dropout=attention_dropout,
+        is_causal=is_causal,
+        enable_gqa=enable_gqa,
+        backend=backend,
+        kernel=kernel,
+        allocator=allocator,
+        patterns=patterns,
+    )
+
+
+def _multihead(
+    embed_dim: int,
+    num_heads: int,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    layout: LayoutLike | None = None,
+    pattern: str | None = None,
+    sparsity_ratio: float | None = None,
+    block_size: BlockSize | None = None,
+    seed: int | None = None,
+    dropout: float = 0.0,
+    bias: bool = True,
+    layer_norm: bool = True,
+    layer_norm_eps: float = 1e-5,
+    gamma_init: float = 1.0,
+    kv_heads: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    rotary: nn.Module | None = None,
+    softmax_scale: float | None = None,
+    is_causal: bool = False,
+    backend: str = "auto",
+    kernel: str = "auto",
+    allocator: Allocator | None = None,
+    patterns: PatternStore | None = None,
+) -> BlockSparseMultiheadAttention:
+    """BlockSparseMultiheadAttention."""
+    chosen = choose_layout(
+        segment_lengths,
+        dilation_rates,
+        layout=layout,
+        pattern=pattern,
+        sparsity_ratio=sparsity_ratio,
+        block_size=block_size,
+        seed=seed,
+        is_causal=is_causal,
+        num_heads=num_heads,
+    )
+    return BlockSparseMultiheadAttention(
+        embed_dim,
+        num_heads,
+        chosen,
+        dropout=dropout,
+        bias=bias,
+        layer_norm=layer_norm,
+        layer_norm_eps=layer_norm_eps,
+        gamma_init=gamma_init,
+        kv_heads=kv_heads,
+        device=device,
+        dtype=dtype,
+        rotary=rotary,
+        softmax_scale=softmax_scale,
+        is_causal=is_causal,
+        backend=backend,
+        kernel=kernel,
+        allocator=allocator,
+        patterns=patterns,
+    )
+
+
+def _ring_attention(
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    layout: LayoutLike | None = None,
+    pattern: str | None = None,
+    sparsity_ratio: float | None = None,
+    block_size: BlockSize | None = None,
+    seed: int | None = None,
+    is_causal: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """BlockSparseRingAttention, which refuses the options it does not know; LongNet's branches as in ``_attention``."""
+    chosen = choose_layout(
+        segment_lengths,
+        dilation_rates,
+        layout=layout,
+        pattern=pattern,
+        sparsity_ratio=sparsity_ratio,
+        block_size=block_size,
+        seed=seed,
+        is_causal=is_causal,
+    )
+    module: nn.Module = _of_ring("BlockSparseRingAttention")(chosen, is_causal=is_causal, **options)
+    return module
+
+
+def _ring_multihead(
+    embed_dim: int,
+    num_heads: int,
+    segment_lengths: Sequence[int],
+    dilation_rates: Sequence[int],
+    *,
+    layout: LayoutLike | None = None,
+    pattern: str | None = None,
+    sparsity_ratio: float | None = None,
+    block_size: BlockSize | None = None,
+    seed: int | None = None,
+    is_causal: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """BlockSparseRingMultiheadAttention, which refuses the options it does not know."""
+    chosen = choose_layout(
+        segment_lengths,
+        dilation_rates,
+        layout=layout,
+        pattern=pattern,
+        sparsity_ratio=sparsity_ratio,
+        block_size=block_size,
+        seed=seed,
+        is_causal=is_causal,
+        num_heads=num_heads,
+    )
+    of_ring = _of_ring("BlockSparseRingMultiheadAttention")
+    module: nn.Module = of_ring(embed_dim, num_heads, chosen, is_causal=is_causal, **options)
+    return module
+
+
+block_sparse = Builders(_attention, _multihead)
+block_sparse_ring = Builders(_ring_attention, _ring_multihead)
+
+
+def _of_ring(name: str) -> Callable[..., Any]:
+    """A class of the room that imports dilated_ring. Raises ImportError where that is missing, with the extra."""
+    try:
+        room = importlib.import_module("dilated_block_sparse.ring.modules")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "dilated_ring":
+            raise
+        raise ImportError(
+            f'{name} needs dilated-ring, which is not installed: pip install "dilated-block-sparse[ring]"'
+        ) from error
+    found: Callable[..., Any] = getattr(room, name)
+    return found
+
+
+def _lengths_unless_default(branches: DilatedPattern) -> list[int] | None:
+    return None if branches == DilatedPattern.longnet() else list(branches.segment_lengths)
+
+
+def _refuse_beside(name: str, others: dict[str, object]) -> None:
+    for other, value in others.items():
+        if value is not None:
+            raise ValueError(f"{other}: expected None beside {name}, which says which blocks live, got {value!r}")
