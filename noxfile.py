@@ -60,6 +60,12 @@ class Package(NamedTuple):
         return sorted(".".join(path.parts).removesuffix(".__init__") for path in paths)
 
     @property
+    def rooms(self) -> dict[str, str]:
+        """Modules that need an extra to be imported, with that extra: [tool.house.rooms] in its pyproject.toml."""
+        rooms: dict[str, str] = self.metadata["tool"].get("house", {}).get("rooms", {})
+        return rooms
+
+    @property
     def benchmarks(self) -> list[Path]:
         """The scripts that measure it."""
         return sorted(self.folder.glob("benchmarks/bench_*.py"))
@@ -213,7 +219,12 @@ def tests(session: nox.Session, package: Package) -> None:
     # Before the test tools come, since what they bring along would hide an import that is not declared.
     # Isolated mode (-I) keeps this folder and the user's own packages off the path.
     import_each = "import importlib, sys\nfor name in sys.argv[1:]: importlib.import_module(name)"
-    session.run("python", "-I", "-c", import_each, *package.modules)
+    in_room = {room: [name for name in package.modules if f"{name}.".startswith(f"{room}.")] for room in package.rooms}
+    apart = set().union(*in_room.values())
+    session.run("python", "-I", "-c", import_each, *(name for name in package.modules if name not in apart))
+    for room, extra in package.rooms.items():
+        install(session, f"{package.name}[{extra}]", constraints=constraints)
+        session.run("python", "-I", "-c", import_each, *in_room[room])
     install(session, *group("test", package), constraints=constraints)
     pytest(session, package.folder.name, "-m", "not (gpu or fuzz)", str(package.folder / "tests"))
 

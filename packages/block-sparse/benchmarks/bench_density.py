@@ -176,7 +176,7 @@ def check(case: Case, layout: BlockLayout, inputs: list[Tensor]) -> float:
 def flex_forward(
     case: Case, layout: BlockLayout, inputs: list[Tensor], expected: Tensor
 ) -> Callable[[], Tensor] | None:
-    """Compiled FlexAttention on the same layout, in its own order of dimensions, checked; None where it does not run."""
+    """Compiled FlexAttention on the same layout, in its own order of dimensions, checked; None where it cannot run."""
     asked: dict[str, Any] = {"has_mask": False, "dropout": False, "has_bias": False, "needs_grad": False}
     reason = flex.refusal(inputs[0], inputs[1], layout, is_causal=case.is_causal, **asked)
     if reason is not None:

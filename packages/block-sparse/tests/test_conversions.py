@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from dilated_block_sparse.layout import BlockLayout
-from dilated_block_sparse.layout.conversions import BLOCK_MASK_LIMIT, BYTES_A_BLOCK, BlockTable
+from dilated_block_sparse.layout.block_mask import BLOCK_MASK_LIMIT, BYTES_A_BLOCK, BlockTable
 
 RAGGED = Sizes(20, 30, (4, 7))
 

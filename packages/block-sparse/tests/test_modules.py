@@ -16,7 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dilated_block_sparse.functional import block_sparse_attention
 from dilated_block_sparse.layout import BlockLayout
-from dilated_block_sparse.modules import KEPT_LENGTHS, BlockSparseAttention, BlockSparseMultiheadAttention, Pattern
+from dilated_block_sparse.modules import BlockSparseAttention, BlockSparseMultiheadAttention
+from dilated_block_sparse.pattern import KEPT_LENGTHS, Pattern
 from dilated_core import MultiheadDilatedAttention
 from dilated_factory.models import RotaryPositions
 from dilated_memory_pool import MemoryPool

@@ -91,7 +91,9 @@ def test_gradients_come_through_either_result_or_both(through: str, has_bias: bo
             assert_close(case, dtype, run(case, dtype, kernel=kernel), oracle(case, dtype))
 
 
-@pytest.mark.parametrize(("batch", "q_len", "kv_len"), [(0, 5, 5), (2, 0, 7), (2, 7, 0), (1, 0, 0), (2, 1, 1), (1, 1, 40)])
+@pytest.mark.parametrize(
+    ("batch", "q_len", "kv_len"), [(0, 5, 5), (2, 0, 7), (2, 7, 0), (1, 0, 0), (2, 1, 1), (1, 1, 40)]
+)
 def test_nothing_to_attend_and_a_single_row(batch: int, q_len: int, kv_len: int) -> None:
     case = Case(batch, q_len, 4, 8, (8, 8), ("full",), kv_len=kv_len, kv_heads=2, mask="random")
     for each in (case, replace(case, has_bias=True)):
@@ -199,7 +201,9 @@ def test_a_union_counts_each_key_once_and_dilated_attention_once_a_branch() -> N
     assert deviation(twice.detach(), once.detach()) > 0.01
     # The multiset is the set, with log 2 on the scores of what both branches hold.
     in_both = (union.to_blocks() & small.to_blocks())[union.to_blocks()]
-    assert_same_attention(block_sparse_attention(*leaves, union, block_bias=math.log(2.0) * in_both.double()), twice, leaves)
+    assert_same_attention(
+        block_sparse_attention(*leaves, union, block_bias=math.log(2.0) * in_both.double()), twice, leaves
+    )
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
@@ -242,7 +246,8 @@ def test_heads_with_a_layout_each_are_as_if_alone() -> None:
     layout = replace(MIXED, q_len=30, heads=3, kv_heads=3, share="query").layout()
     assert layout.heads == 3
     alone = [
-        block_sparse_attention(*(leaf[:, :, head : head + 1] for leaf in leaves), layout.head(head)) for head in range(3)
+        block_sparse_attention(*(leaf[:, :, head : head + 1] for leaf in leaves), layout.head(head))
+        for head in range(3)
     ]
     assert_same_attention(block_sparse_attention(*leaves, layout), torch.cat(alone, 2), leaves)
 

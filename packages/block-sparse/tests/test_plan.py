@@ -55,7 +55,7 @@ def assert_true_to_its_words(head: HeadPlan, q_len: int) -> None:
         for axis in (stack.rows, stack.keys):
             wanted = tokens(axis)
             assert wanted.shape == (stack.count, axis.length)
-            for first in range(0, stack.count, 3):
+            for first in range(stack.count):
                 last = min(first + 3, stack.count)
                 assert torch.equal(indexed(axis, first, last), wanted[first:last]), "index"
             if axis.span is not None:
@@ -117,6 +117,22 @@ def test_by_row_block_no_rectangle_holds_rows_of_two_blocks(case: Case) -> None:
             assert torch.equal(blocks, blocks[:, :1].expand_as(blocks))
 
 
+@pytest.mark.parametrize(
+    ("starts", "length", "size"),
+    [
+        (((14,), (21,), (35,)), 2, 1),  # as parts at the diagonal start: the first at a multiple of the size, not all
+        (((0, 8), (16, 32)), 8, 4),
+        (((0, 8),), 7, 1),
+    ],
+)
+def test_an_index_is_of_stretches_only_where_all_start_at_multiples(
+    starts: tuple[tuple[int, ...], ...], length: int, size: int
+) -> None:
+    axis = Axis(starts, 4 if len(starts[0]) > 1 else 2, length)
+    assert axis.index(0, len(starts), CPU)[1] == size
+    assert torch.equal(indexed(axis, 0, len(starts)), tokens(axis))
+
+
 # ------------------------------------------------------------------------------------------------ what it finds
 
 
@@ -144,7 +160,10 @@ def test_a_full_causal_layout_is_one_causal_square(block_size: tuple[int, int]) 
 def test_an_empty_layout_has_no_stack() -> None:
     for seq in (0, 61):
         for is_causal in (False, True):
-            assert make_plan(BlockLayout.empty(seq, block_size=8, heads=2), is_causal=is_causal) == (HeadPlan((), True),) * 2
+            assert (
+                make_plan(BlockLayout.empty(seq, block_size=8, heads=2), is_causal=is_causal)
+                == (HeadPlan((), True),) * 2
+            )
 
 
 def test_rows_with_the_same_columns_are_one_rectangle() -> None:
@@ -174,7 +193,10 @@ def test_rows_a_stride_apart_share_columns() -> None:
     """A strided pattern beside a window: what residues have in common is attended by their rows together."""
     (head,) = make_plan(BlockLayout.strided(4096, 8, block_size=32))
     apart = [
-        stack for stack in head.stacks for starts in stack.rows.starts if len(starts) > 1 and starts[1] - starts[0] == 256
+        stack
+        for stack in head.stacks
+        for starts in stack.rows.starts
+        if len(starts) > 1 and starts[1] - starts[0] == 256
     ]
     assert apart
 

@@ -39,6 +39,8 @@ from dilated_block_sparse.ring import (
     block_sparse_ring_attention,
 )
 from dilated_core import AuxRequest
+from dilated_memory_pool import MemoryPool
+from dilated_pattern_cache import PatternCache
 from dilated_ring import DisagreementError, PeerError
 from dilated_ring.comm import Comm, Record, RecordingComm, run_ranks
 from dilated_ring.plan import even_bounds
@@ -80,6 +82,13 @@ def test_any_number_of_ranks(ranks: int) -> None:
 @settings(max_examples=30)
 @given(cases())
 def test_any_small_problem(case: Case) -> None:
+    check(case)
+
+
+@pytest.mark.fuzz
+@settings(max_examples=1500)
+@given(cases(ranks=8))
+def test_any_of_many_small_problems(case: Case) -> None:
     check(case)
 
 
@@ -431,6 +440,21 @@ def test_backwards_in_another_order_are_told_apart() -> None:
         assert "call is" in str(outcome)
 
 
+def test_a_backward_that_cannot_be_on_one_rank_does_not_keep_the_others_waiting() -> None:
+    def work(comm: Comm) -> object:
+        query, key, value, cotangent = (tensor[:, MIXED.shard(comm.rank)] for tensor in MIXED.problem(FLOAT64))
+        query = query.requires_grad_()
+        out = block_sparse_ring_attention(query, key, value, MIXED.layout(), group=comm, **MIXED.options())
+        if comm.rank == 1:
+            key.zero_()
+        return torch.autograd.grad(out, query, cotangent)
+
+    first, second, third = outcomes(3, work)
+    assert type(second) is RuntimeError
+    assert "modified by an inplace operation" in str(second)
+    assert all(isinstance(other, DisagreementError) for other in (first, third))
+
+
 class Failing:
     """An allocator that has no memory on one rank."""
 
@@ -505,6 +529,15 @@ def test_lent_memory_and_kept_plans_change_nothing() -> None:
     for store in stores:
         assert store.allocated > 0
         assert any(str(key).startswith("('dilated_block_sparse.rank_plan'") for key in store.made)
+
+
+def test_a_pool_and_a_pattern_cache_change_nothing() -> None:
+    case = replace(MIXED, bounds=(0, 13, 30, 45), is_causal=True)
+    expected, cache = oracle(case, FLOAT64), PatternCache()
+    for _ in range(2):
+        with MemoryPool("host") as pool:
+            assert_close(case, FLOAT64, run(case, allocator=pool, patterns=cache), expected)
+    assert cache.info().hits > 0
 
 
 def test_a_plan_is_kept_with_its_layout() -> None:

@@ -15,7 +15,8 @@ from torch import Tensor
 from dilated_block_sparse import types
 from dilated_block_sparse.functional import block_sparse_attention
 from dilated_block_sparse.layout import BlockLayout
-from dilated_block_sparse.modules import BlockSparseAttention, BlockSparseMultiheadAttention, Pattern
+from dilated_block_sparse.modules import BlockSparseAttention, BlockSparseMultiheadAttention
+from dilated_block_sparse.pattern import Pattern
 from dilated_factory import create_dilated_attention, create_multihead_dilated_attention, registry
 from dilated_pattern_cache import PatternCache
 from dilated_ring.comm import Comm, run_ranks
@@ -85,12 +86,11 @@ def test_options_reach_the_modules() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_branches_mean_the_blocks_that_hold_one_of_their_pairs(form: str) -> None:
-    module = create(form, "block_sparse", [16, 64], [1, 16], block_size=4)
-    heads = 1 if form == "attention" else 4
-    expected = BlockLayout.longnet(SEQ, [16, 64], [1, 16], block_size=4, heads=heads)
+def test_branches_mean_segments_and_rates_of_blocks(form: str) -> None:
+    module = create(form, "block_sparse", [16, 62], [1, 4], block_size=4)
+    expected = BlockLayout.dilated(SEQ, 4, 1, block_size=4) | BlockLayout.dilated(SEQ, 16, 4, block_size=4)
     assert layout_of(module)(SEQ) == expected
-    assert expected.density < 0.5
+    assert layout_of(create(form, "block_sparse", [4, 4], [1, 4]))(SEQ) == BlockLayout.full(SEQ)
 
 
 def test_a_share_of_blocks_may_be_left_out_instead() -> None:

@@ -10,12 +10,14 @@ from dilated_block_sparse.adaptive import (
 )
 from dilated_block_sparse.functional import block_sparse_attention
 from dilated_block_sparse.layout import BlockLayout
-from dilated_block_sparse.modules import BlockSparseAttention, BlockSparseMultiheadAttention, Pattern
+from dilated_block_sparse.modules import BlockSparseAttention, BlockSparseMultiheadAttention
+from dilated_block_sparse.pattern import Pattern
 
 _RING = (
     "BlockSparseRingAttention",
     "BlockSparseRingMultiheadAttention",
     "BlockSparseRingPlan",
+    "block_bounds",
     "block_sparse_ring_attention",
 )
 

@@ -1,14 +1,14 @@
-"""The FlexAttention backend: PyTorch's compiled ``flex_attention`` over a layout's BlockMask. Not yet measured on
-a GPU.
+"""The FlexAttention backend: PyTorch's compiled ``flex_attention`` over a layout's BlockMask.
 
-On a GPU it runs forward and backward and gives the lse; on a CPU the forward alone. It is compiled, never called as it
-is: uncompiled, FlexAttention forms all scores. One function is compiled, of static shapes, and the layout's lists and
-table are its data: another layout of the same sizes runs what is compiled. Other shapes, strides, dtypes, block sizes,
-scales, ``is_causal`` or whether there is padding compile once more, which takes seconds. Shapes are static because
-dynamic ones do not compile on a CPU (torch 2.13: its C++ names a size that it does not declare), and because on a GPU
-only a length known to be a multiple of 128 gives the kernel without checks at its edges. Where ``torch.compile``
-takes no ``recompile_limit`` (2.11), the ninth such combination in a process raises: raise
-``torch._dynamo.config.recompile_limit`` there.
+Not yet measured on a GPU. There it runs forward and backward and gives the lse; on a CPU the forward alone. It is
+compiled, never called as it is: uncompiled, FlexAttention forms all scores.
+
+One function is compiled, of static shapes, and a layout's lists and table are its data: another layout of the same
+sizes runs what is compiled. Other shapes, strides, dtypes, block sizes and scales compile once more, which takes
+seconds; so do causal order and padding. Shapes are static because dynamic ones do not compile on a CPU (torch 2.13: its
+C++ names a size that it does not declare), and because on a GPU only a length known to be a multiple of 128 gives the
+kernel without checks at its edges. Where ``torch.compile`` takes no ``recompile_limit`` (2.11), the ninth such
+combination in a process is an error: raise ``torch._dynamo.config.recompile_limit`` there.
 
 Imports torch, and FlexAttention where it is asked for.
 """
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dilated_block_sparse.layout import BlockLayout, algebra
-from dilated_block_sparse.layout.conversions import BLOCK_MASK_LIMIT, BYTES_A_BLOCK, BlockTable
+from dilated_block_sparse.layout.block_mask import BLOCK_MASK_LIMIT, BYTES_A_BLOCK, BlockTable
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -34,7 +34,7 @@ def block_sparse_attention(
         is_causal: row i sees keys j <= i only.
         key_padding_mask: (batch, kv_len), bool, True where the key is real.
         block_bias: (layout.live,), added to the scores of each block.
-        rows: only these, from one block's edge to another's, of a sequence too long for all of them; no block_bias then.
+        rows: only these, from one block's edge to another's, of a sequence too long for all; without block_bias.
 
     Returns:
         Partial: out like query; lse (batch, heads, q_len). 0 and -inf in a row with no key.

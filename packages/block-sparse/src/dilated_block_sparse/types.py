@@ -6,19 +6,24 @@ Each has two builders, ``attention`` and ``multihead``, called by keyword with t
 
 from __future__ import annotations
 
+import functools
 import importlib
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from dilated_block_sparse.layout import BlockSize
-from dilated_block_sparse.modules import BlockSparseAttention, BlockSparseMultiheadAttention, LayoutLike, Pattern
+from dilated_block_sparse.layout import BlockSize, checks
+from dilated_block_sparse.modules import BlockSparseAttention, BlockSparseMultiheadAttention
+from dilated_block_sparse.pattern import LayoutLike, Pattern
 from dilated_core import Allocator, DilatedPattern, PatternStore
 
 # What sparsity_ratio alone means.
 DEFAULT_PATTERN = "dilated_sparse"
+# Tokens in a block, as of BlockLayout's constructors.
+DEFAULT_BLOCK = 128
 
 
 class Builders(NamedTuple):
@@ -41,27 +46,27 @@ def choose_layout(
     block_size: BlockSize | None = None,
     seed: int | None = None,
     is_causal: bool = False,
-    num_heads: int = 1,
 ) -> LayoutLike:
     """The layout that a builder's options mean.
 
     Args:
-        segment_lengths, dilation_rates: LongNet's branches. Alone they mean the blocks that hold one of their pairs,
-            ``BlockLayout.longnet``: with rates below the block size, whole segments. Beside ``layout`` or
-            ``sparsity_ratio`` they must be the paper's, which the factory gives where its caller gave none.
+        segment_lengths, dilation_rates: LongNet's branches. Alone they mean LongNet with blocks for tokens: segments
+            of as many blocks as hold ``segment_lengths``, of which every ``dilation_rates``-th is seen, all branches in
+            one set. (The blocks that hold a pair of LongNet itself, ``BlockLayout.longnet``, are whole segments where
+            rates are below the block size.) Beside ``layout`` or ``sparsity_ratio`` they must be the paper's, which the
+            factory gives where its caller gave none.
         layout: a layout, Pattern or function, taken as it is, with none of the following.
         pattern: a name that ``BlockLayout.named`` takes, with sparsity_ratio; "dilated_sparse" by default.
         sparsity_ratio: the share of blocks that is left out.
         block_size: tokens in a block, or (rows, columns); None for the constructor's own.
         seed: of patterns that are drawn, with sparsity_ratio; None for the constructor's own.
         is_causal: whether the layout is for causal attention, so that the share is one of the blocks it can see.
-        num_heads: query heads, whose offsets differ in LongNet's branches.
 
     Raises:
         TypeError, ValueError: an option of a wrong type or value, or two that contradict.
 
-    >>> choose_layout([64], [1], block_size=16)
-    Pattern('longnet', block_size=16, dilation_rates=(1,), heads=1, segment_lengths=(64,))
+    >>> choose_layout([64, 256], [1, 4], block_size=16)
+    Pattern('dilated', block_size=16, rate=1, segment=4) | Pattern('dilated', block_size=16, rate=4, segment=16)
     """
     branches = DilatedPattern(segment_lengths, dilation_rates)
     size = {} if block_size is None else {"block_size": block_size}
@@ -81,13 +86,12 @@ def choose_layout(
                 f"{name}: expected None without sparsity_ratio, got {value!r} "
                 "(a pattern by numbers of its own is a Pattern, given as layout)"
             )
-    return Pattern(
-        "longnet",
-        segment_lengths=branches.segment_lengths,
-        dilation_rates=branches.dilation_rates,
-        heads=num_heads if max(branches.dilation_rates) > 1 else 1,
-        **size,
-    )
+    tokens = DEFAULT_BLOCK if block_size is None else checks.block_size(block_size)[1]
+    layouts = []
+    for segment_length, rate in zip(branches.segment_lengths, branches.dilation_rates, strict=True):
+        segment = -(-segment_length // tokens)
+        layouts.append(Pattern("dilated", segment=segment, rate=min(rate, segment), **size))
+    return functools.reduce(operator.or_, layouts)
 
 
 def _attention(
@@ -108,7 +112,7 @@ def _attention(
     allocator: Allocator | None = None,
     patterns: PatternStore | None = None,
 ) -> BlockSparseAttention:
-    """BlockSparseAttention; of LongNet's branches those of head 0 for all heads, whose number is not known here."""
+    """BlockSparseAttention."""
     chosen = choose_layout(
         segment_lengths,
         dilation_rates,
@@ -169,7 +173,6 @@ def _multihead(
         block_size=block_size,
         seed=seed,
         is_causal=is_causal,
-        num_heads=num_heads,
     )
     return BlockSparseMultiheadAttention(
         embed_dim,
@@ -205,7 +208,7 @@ def _ring_attention(
     is_causal: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """BlockSparseRingAttention, which refuses the options it does not know; LongNet's branches as in ``_attention``."""
+    """BlockSparseRingAttention, which refuses the options it does not know."""
     chosen = choose_layout(
         segment_lengths,
         dilation_rates,
@@ -244,7 +247,6 @@ def _ring_multihead(
         block_size=block_size,
         seed=seed,
         is_causal=is_causal,
-        num_heads=num_heads,
     )
     of_ring = _of_ring("BlockSparseRingMultiheadAttention")
     module: nn.Module = of_ring(embed_dim, num_heads, chosen, is_causal=is_causal, **options)

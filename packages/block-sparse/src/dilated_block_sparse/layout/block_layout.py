@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dilated_block_sparse.layout import algebra, checks, conversions, files, picture
+from dilated_block_sparse.layout import algebra, block_mask, checks, files, lists, picture, tables
 from dilated_block_sparse.layout.checks import BlockSize
 from dilated_block_sparse.layout.constructors import Constructors
 
@@ -211,7 +211,7 @@ class BlockLayout(Constructors):
         >>> BlockLayout.from_rows([[[0], [1]], [[0], [0, 1]]], q_len=200, kv_len=200).heads
         2
         """
-        return conversions.from_rows(rows, q_len, kv_len, block_size)
+        return tables.from_rows(rows, q_len, kv_len, block_size)
 
     @classmethod
     def from_dense(cls, mask: Tensor, *, block_size: BlockSize = 128) -> BlockLayout:
@@ -220,20 +220,20 @@ class BlockLayout(Constructors):
         Raises:
             ValueError: a block that is live in part.
         """
-        return conversions.from_dense(mask, block_size)
+        return tables.from_dense(mask, block_size)
 
     def to_dense(self) -> Tensor:
         """The token mask, bool (heads, q_len, kv_len): True where attended. For tests and small sizes."""
-        return conversions.to_dense(self)
+        return tables.to_dense(self)
 
     @classmethod
     def from_blocks(cls, blocks: Tensor, q_len: int, kv_len: int, *, block_size: BlockSize = 128) -> BlockLayout:
         """A layout from a bool table of blocks, (q_blocks, kv_blocks) or (heads, q_blocks, kv_blocks)."""
-        return conversions.from_blocks(blocks, q_len, kv_len, block_size)
+        return tables.from_blocks(blocks, q_len, kv_len, block_size)
 
     def to_blocks(self) -> Tensor:
         """The table of blocks, bool (heads, q_blocks, kv_blocks)."""
-        return conversions.to_blocks(self)
+        return tables.to_blocks(self)
 
     @classmethod
     def from_block_mask(cls, mask: BlockMask) -> BlockLayout:
@@ -241,7 +241,7 @@ class BlockLayout(Constructors):
 
         Of those that ``to_block_mask`` made, the partial blocks count whole: for ``is_causal`` it is the causal layout.
         """
-        return conversions.from_block_mask(mask)
+        return block_mask.from_block_mask(mask)
 
     def to_block_mask(self, *, is_causal: bool = False, device: torch.device | str | None = None) -> BlockMask:
         """The same as a FlexAttention BlockMask, whose mask_mod looks the block up in a table.
@@ -249,7 +249,7 @@ class BlockLayout(Constructors):
         It keeps 17 bytes a block, live or not: above 1 GiB it is refused. Name the device here: ``BlockMask.to`` leaves
         the mask_mod's table where it is. Partial blocks are those on the diagonal, with ``is_causal``, and short ones.
         """
-        return conversions.to_block_mask(self, is_causal=is_causal, device=device)
+        return block_mask.to_block_mask(self, is_causal=is_causal, device=device)
 
     def to_bsr(self, *, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
         """(indptr, indices), int32, of a layout that heads share, as FlashInfer's block-sparse wrapper takes them.
@@ -261,14 +261,14 @@ class BlockLayout(Constructors):
         Raises:
             ValueError: a layout of several heads, or kv_len that is no multiple of a block.
         """
-        return conversions.to_bsr(self, device=device)
+        return lists.to_bsr(self, device=device)
 
     @classmethod
     def from_bsr(
         cls, indptr: Tensor, indices: Tensor, q_len: int, kv_len: int, *, block_size: BlockSize = 128
     ) -> BlockLayout:
         """The inverse of ``to_bsr``; columns may come in any order."""
-        return conversions.from_bsr(indptr, indices, q_len, kv_len, block_size)
+        return lists.from_bsr(indptr, indices, q_len, kv_len, block_size)
 
     def to_lists(self, *, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
         """(counts (1, heads, q_blocks), columns (1, heads, q_blocks, most)), int32, as FlashAttention-4 takes them.
@@ -279,14 +279,14 @@ class BlockLayout(Constructors):
         >>> counts.tolist(), columns.tolist()
         ([[[1, 2]]], [[[[1, 0], [0, 1]]]])
         """
-        return conversions.to_lists(self, device=device)
+        return lists.to_lists(self, device=device)
 
     @classmethod
     def from_lists(
         cls, counts: Tensor, columns: Tensor, q_len: int, kv_len: int, *, block_size: BlockSize = 128
     ) -> BlockLayout:
         """The inverse of ``to_lists``."""
-        return conversions.from_lists(counts, columns, q_len, kv_len, block_size)
+        return lists.from_lists(counts, columns, q_len, kv_len, block_size)
 
     # -------------------------------------------------------------------------------------------- files, pictures
 

@@ -49,7 +49,7 @@ def split_diagonal(
         start = split.tokens(group[0])[0]
         if split.is_complete(group[0], rows[group[0]], start):
             stop = split.tokens(group[-1])[1]
-            parts += split.square(1, start, stop, stop)
+            parts += split.square(start, stop)
             for row in group:
                 left[row] = rows[row] & split.seen_whole(start)
         else:
@@ -103,12 +103,12 @@ class _Split(NamedTuple):
         if group:
             yield group
 
-    def square(self, level: int, start: int, stop: int, last: int) -> Iterator[Part]:
-        """Rows ``start`` to ``last`` of one row block or run, and the live keys up to ``stop`` of the block of ``start`` on."""
+    def square(self, start: int, stop: int) -> Iterator[Part]:
+        """Of a run that sees all from its first token on: the square, and the keys before it in its first block."""
         before = start // self.key_extent.block * self.key_extent.block
+        yield Part(1, start, stop - start, start, stop - start, is_causal=True)
         if before < start:
-            yield Part(level + 1, start, last - start, before, start - before)
-        yield Part(level, start, stop - start, start, stop - start, is_causal=True)
+            yield Part(2, start, stop - start, before, start - before)
 
     def stretches(self, row: int, columns: int) -> Iterator[Part]:
         """Of a row block in which crossed blocks are missing."""

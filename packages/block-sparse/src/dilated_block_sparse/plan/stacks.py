@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -13,17 +14,20 @@ from dilated_block_sparse.layout import BlockLayout
 from dilated_block_sparse.plan.cost import FULL_PRECISION, HALF_PRECISION, Cost
 from dilated_block_sparse.plan.diagonal import Part, split_diagonal
 from dilated_block_sparse.plan.rectangles import Extent, Rectangle, bits_of, columns_of, make_rectangles
+from dilated_core.resources import PatternStore
 
-# Rows and keys of a rectangle at most, where they must be gathered: what is gathered stays in proportion to the result.
+# Rows and keys of a rectangle at most, where they must be gathered, so that what is gathered stays in proportion to the
+# result: so many, or a quarter of all keys if that is more.
 MOST_ROWS = 4096
-MOST_KEYS = 16384
+MOST_KEYS = 1024
 # Bits of all columns that are looked at together: 64 MiB of them.
 MOST_BITS = 1 << 29
 
 Starts = tuple[tuple[int, ...], ...]
 
 
-class Axis(NamedTuple):
+@dataclass(frozen=True)
+class Axis:
     """The rows, or the keys, of equal rectangles: stretches of ``size`` tokens, the last one of each cut to ``length``.
 
     Attributes:
@@ -55,7 +59,8 @@ class Axis(NamedTuple):
         return tokens.flatten(1)[:, : self.length].flatten().to(device), 1
 
 
-class Stack(NamedTuple):
+@dataclass(frozen=True)
+class Stack:
     """Equal rectangles that have no row in common, of one head of the layout.
 
     Attributes:
@@ -107,7 +112,9 @@ def make_plan(layout: BlockLayout, *, is_causal: bool = False, half: bool = Fals
     return tuple(_plan_head(layout, head, cost, is_causal, by_row_block) for head in range(layout.heads))
 
 
-def plan_of(layout: BlockLayout, patterns: object, *, is_causal: bool, half: bool, by_row_block: bool) -> Plan:
+def plan_of(
+    layout: BlockLayout, patterns: PatternStore | None, *, is_causal: bool, half: bool, by_row_block: bool
+) -> Plan:
     """The plan, made once: it is kept in ``patterns`` where there is one, else with the layout."""
     options = (is_causal, half, by_row_block)
 
@@ -115,7 +122,7 @@ def plan_of(layout: BlockLayout, patterns: object, *, is_causal: bool, half: boo
         return make_plan(layout, is_causal=is_causal, half=half, by_row_block=by_row_block)
 
     if patterns is not None:
-        plan: Plan = patterns.get_or_create(("dilated_block_sparse.plan", layout.key(), *options), create)  # type: ignore[attr-defined]
+        plan: Plan = patterns.get_or_create(("dilated_block_sparse.plan", layout.key(), *options), create)
         return plan
     if options not in layout.plans:
         layout.plans[options] = create()
@@ -169,9 +176,10 @@ def _axes_of(part: Part) -> tuple[tuple[int, ...], int, int, tuple[int, ...], in
 
 
 def _from_rectangles(rectangles: list[Rectangle], row_extent: Extent, key_extent: Extent) -> Iterator[_Shape]:
+    most_keys = max(MOST_KEYS, key_extent.blocks * key_extent.block // 4)
     for level, rows, bits in rectangles:
         columns = columns_of(bits)
-        for chunk, keys in enumerate(_cut(columns, MOST_KEYS // key_extent.block)):
+        for chunk, keys in enumerate(_cut(columns, most_keys // key_extent.block)):
             key_starts = tuple(column * key_extent.block for column in keys)
             key_count = key_extent.columns(bits_of(keys[-1:])) + (len(keys) - 1) * key_extent.block
             for row_chunk in _cut(rows, MOST_ROWS // row_extent.block):

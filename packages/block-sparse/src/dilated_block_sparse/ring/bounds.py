@@ -12,8 +12,8 @@ from dilated_ring.plan import check_bounds, even_bounds
 def block_bounds(layout: BlockLayout, world_size: int) -> tuple[int, ...]:
     """Bounds of shards of whole blocks, as equal as can be; where blocks are few, the last shards are empty.
 
-    Shards may lie otherwise. But a block that lies on two ranks is attended in two parts, on either, and its missing
-    keys cost a mask.
+    Shards may lie otherwise. But of a rank whose shard begins inside a block, rows and keys are copied, and keys of a
+    block that lies on several ranks are attended under a mask.
 
     Args:
         layout: of the whole sequence.

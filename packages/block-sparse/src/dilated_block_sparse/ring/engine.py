@@ -88,11 +88,12 @@ class Rank:
         gathered = gather()
         more = self._attend(self.plan.far, gathered)
         if partial is None or more is None:
-            return *(partial or more or self._nothing()), gathered
+            out, lse = partial or more or self._nothing()
+            return out.contiguous(), lse, gathered
         dtype = accumulation_dtype(self.query.dtype)
         out, lse = partial[0].to(dtype).transpose(1, 2), partial[1]
         merge_in_place(out, lse, more[0].transpose(1, 2), more[1])
-        return out.transpose(1, 2).to(self.query.dtype), lse, gathered
+        return out.transpose(1, 2).to(self.query.dtype).contiguous(), lse, gathered
 
     def _start_gather(self, phase: str) -> Callable[[], Keys | None]:
         """Send others the keys that they need; what is returned waits for those that this rank needs."""
@@ -108,7 +109,7 @@ class Rank:
         waits = [start(self.comm, self.resources, own[:2], plan.lent, into, plan.gathered, purpose)]
         real = None
         if own.real is not None:
-            # As bytes, which all backends send.
+            # As bytes, which all backends send; 0 where nothing comes.
             real = self.resources.empty(size[:2], dtype=torch.uint8, device=own.key.device).zero_()
             purpose = Purpose("padding", phase)
             sent = [own.real.to(torch.uint8)]
@@ -120,11 +121,10 @@ class Rank:
             if plan.tokens == 0:
                 return None
             key, value = into
-            mask = None if real is None else real.bool()
-            if plan.present is not None:
-                present = plan.present.to(key.device)
-                mask = present.expand(size[:2]) if mask is None else mask & present
-            return Keys(key, value, mask)
+            if real is not None:
+                return Keys(key, value, real.bool())
+            present = plan.present
+            return Keys(key, value, None if present is None else present.to(key.device).expand(size[:2]))
 
         return gather
 

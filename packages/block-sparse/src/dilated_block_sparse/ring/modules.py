@@ -11,7 +11,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_block_sparse.layout import BlockLayout
-from dilated_block_sparse.modules import BlockSparseAttention, BlockSparseMultiheadAttention, LayoutLike
+from dilated_block_sparse.modules import BlockSparseAttention, BlockSparseMultiheadAttention
+from dilated_block_sparse.pattern import LayoutLike
 from dilated_block_sparse.ring.bounds import check_layout_bounds
 from dilated_block_sparse.ring.functional import block_sparse_ring_attention
 from dilated_core import Allocator, PatternStore, checks

@@ -35,9 +35,9 @@ class Pieces(NamedTuple):
 class BlockSparseRingPlan:
     """Block-sparse attention over shards of one sequence: each rank gets the key blocks that its rows keep, once each.
 
-    What travels is counted in pairs of a key head and a piece, a block or what of it lies on one rank: with a layout for
-    each head, a piece goes only in the heads that keep it; with one for all, in all. No table of blocks by blocks is
-    made.
+    What travels is counted in pairs of a key head and a piece, which is a block or what of it lies on one rank: with a
+    layout for each head, a piece goes only in the heads that keep it; with one for all, in all. No table of blocks by
+    blocks is made.
 
     Args:
         layout: of the whole sequence, with as many keys as rows.
@@ -107,7 +107,7 @@ class BlockSparseRingPlan:
         edges = (torch.arange(layout.kv_blocks + 1) * columns).clamp(max=layout.kv_len)
         edges = torch.cat([edges, torch.tensor(self.bounds)]).unique()
         starts = edges[:-1]
-        owners = torch.bucketize(starts, torch.tensor(self.bounds[1:-1]), right=True)
+        owners = torch.bucketize(starts, torch.tensor(self.bounds[1:-1], dtype=torch.int64), right=True)
         return Pieces(starts, edges.diff(), starts // columns, owners)
 
     def needed(self, rank: int) -> Tensor:
@@ -129,11 +129,6 @@ class BlockSparseRingPlan:
     def travels(self) -> bool:
         """Whether any rank needs anything of another."""
         return any(any(row) for row in self._pairs)
-
-    @property
-    def key(self) -> tuple[object, ...]:
-        """What the plan depends on, the same in every process: a key for a pattern cache."""
-        return "dilated_block_sparse.ring_plan", self.layout.key(), self.bounds, self.kv_heads, self.is_causal
 
     def bytes(
         self,

@@ -112,7 +112,7 @@ def make_rank_plan(plan: BlockSparseRingPlan, rank: int) -> RankPlan:
     """What one rank is to do."""
     layout, pieces = plan.layout, plan.pieces
     rows, columns = layout.block_size
-    low, high = plan.bounds[rank : rank + 2]
+    low = plan.bounds[rank]
     # A causal square begins at one position.
     step = math.lcm(rows, columns)
     before = (low % step, low % step) if plan.is_causal else (low % rows, low % columns)

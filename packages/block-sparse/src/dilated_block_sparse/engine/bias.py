@@ -1,0 +1,56 @@
+"""A bias for each live block, as two more columns of queries and keys: no kernel takes one, each takes wider rows.
+
+With 1 in a query's columns and b / scale in a key's, scale * q k gains b. Half precision rounds b, so the second column
+has what the first lost. The gradient of b is then that of the key's column, summed over the block's keys.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dilated_block_sparse.engine.gather import Place
+from dilated_block_sparse.layout import BlockLayout
+from dilated_core.kernels import Problem
+
+# Head dimensions stay multiples of 8 for the CUDA kernels.
+COLUMNS = 8
+
+
+def positions(layout: BlockLayout, head: int, rows: Place, keys: Place) -> Tensor:
+    """Where the bias of each key lies, (rectangles, keys), int64, CPU; a rectangle has one block of rows."""
+    row_size, column_size = layout.block_size
+    starts = layout.indptr[head]
+    own = layout.indices[int(starts[0]) : int(starts[-1])]
+    live = torch.arange(layout.q_blocks).repeat_interleave(starts.diff()) * layout.kv_blocks + own
+    wanted = rows.tokens()[:, :1] // row_size * layout.kv_blocks + keys.tokens() // column_size
+    return starts[0] + torch.searchsorted(live, wanted)
+
+
+def with_bias(problem: Problem, bias: Tensor) -> Problem:
+    """The problem with the bias on its scores; values get as many columns, of zeros, which the caller cuts off.
+
+    Args:
+        bias: (rectangles, keys), float32 or float64. The problem's batch is the tensors', each with all rectangles.
+    """
+    query, key, value = (widened(tensor) for tensor in problem[:3])
+    head_dim = problem.query.shape[-1]
+    column = (bias / problem.scale).repeat(len(key) // len(bias), 1).unsqueeze(1)
+    rounded = column.to(key.dtype)
+    query[..., head_dim : head_dim + 2] = 1.0
+    key[..., head_dim] = rounded
+    key[..., head_dim + 1] = (column - rounded).to(key.dtype)
+    return problem._replace(query=query, key=key, value=value)
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor with columns of zeros."""
+    return F.pad(tensor, (0, COLUMNS))
+
+
+def bias_gradient(grad_key: Tensor, head_dim: int, rectangles: int, scale: float) -> Tensor:
+    """The gradient of each key's bias, (rectangles, keys), given that of the keys that ``with_bias`` made."""
+    column = grad_key[..., head_dim].unflatten(0, (-1, rectangles))
+    total: Tensor = column.sum((0, 2), dtype=torch.promote_types(column.dtype, torch.float32))
+    return total / scale

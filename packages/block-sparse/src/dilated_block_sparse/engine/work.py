@@ -1,0 +1,184 @@
+"""What one head block has to do: its calls, and the tensors of each as the kernels take them and give them back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from dilated_block_sparse.engine.bias import positions, with_bias
+from dilated_block_sparse.engine.gather import Place, Scratch, budget
+from dilated_block_sparse.engine.heads import HeadBlock, head_blocks
+from dilated_block_sparse.layout import BlockLayout
+from dilated_block_sparse.plan import HeadPlan, Stack, plan_of
+from dilated_core.kernels import Dropout, Problem
+from dilated_core.partial import accumulation_dtype
+from dilated_core.resources import Resources
+from dilated_core.tiles import make_problem
+
+# The heads are taken in so many blocks where something as long as the sequence is made of each: float32 sums, copies.
+HEAD_BLOCKS = 4
+
+
+class Options(NamedTuple):
+    """How to attend; checked by whoever made it."""
+
+    is_causal: bool
+    scale: float
+    dropout_p: float
+    kernel: str
+
+
+class Extras(NamedTuple):
+    """Tensors beside query, key and value.
+
+    Attributes:
+        real: (batch, kv_len), bool, True where a key is no padding; None for all.
+        bias: (live blocks,), added to the scores of each block; None for none.
+        seed: (), int64, of the dropout; None without.
+    """
+
+    real: Tensor | None = None
+    bias: Tensor | None = None
+    seed: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """Rectangles of one stack that are attended in one call.
+
+    Attributes:
+        number: of the call, in the order of the plan: the same forward and backward.
+        rows, keys: where they lie.
+        batch: which batch rows.
+    """
+
+    number: int
+    stack: Stack
+    rows: Place
+    keys: Place
+    batch: slice
+
+
+@dataclass(frozen=True)
+class Work:
+    """One head block, and what all of its calls share.
+
+    Query heads that share a key head become rows of it: (row, head) in turn. Not so in a causal square, where rows and
+    keys must be as many; there the keys are shown to each of the heads.
+    """
+
+    block: HeadBlock
+    plan: HeadPlan
+    layout: BlockLayout
+    options: Options
+    extras: Extras
+    scratch: Scratch
+    seed: int | None
+
+    def calls(self, query: Tensor, key: Tensor) -> Iterator[Call]:
+        """Cut the plan into calls that are small enough to gather. Takes the block's heads of both."""
+        batch = query.shape[0]
+        row, token = (tensor.shape[2] * tensor.shape[3] for tensor in (query, key))
+        number = 0
+        for stack in self.plan.stacks:
+            size = 0 if stack.in_place else max(stack.rows.length * row, stack.keys.length * token)
+            batch_rows = max(1, min(batch, budget(query) // size)) if size else batch
+            count = max(1, budget(query) // (size * batch_rows)) if size else 1
+            for first in range(0, stack.count, count):
+                last = min(first + count, stack.count)
+                rows, keys = (Place.of(axis, first, last, query.device) for axis in (stack.rows, stack.keys))
+                for at in range(0, batch, batch_rows):
+                    yield Call(number, stack, rows, keys, slice(at, at + batch_rows))
+                    number += 1
+
+    def problem(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Problem | None:
+        """What the kernel is to attend; None where all keys are padding. Takes the call's batch rows."""
+        heads = query.shape[2]
+        q = self.query_rows("query", call, query)
+        k, v = (self.key_rows(name, call, tensor, heads) for name, tensor in (("key", key), ("value", value)))
+        real = None
+        if self.extras.real is not None:
+            rows = call.keys.get("real", self.extras.real[call.batch], self.scratch)
+            real = rows.reshape(-1, 1, call.keys.length).expand(-1, k.shape[1], -1)
+        dropout = None
+        if self.seed is not None:
+            dropout = Dropout(self.options.dropout_p, (self.seed + call.number) % 2**63)
+        is_causal, scale = call.stack.is_causal, self.options.scale
+        problem = make_problem(q, k, v, real, is_causal=is_causal, scale=scale, dropout=dropout)
+        if problem is None or self.extras.bias is None:
+            return problem
+        bias = self.extras.bias.to(accumulation_dtype(self.extras.bias.dtype))
+        return with_bias(problem, bias[self.bias_positions(call).to(bias.device)])
+
+    def bias_positions(self, call: Call) -> Tensor:
+        """Where the bias of each key lies, (rectangles, keys)."""
+        return positions(self.layout, self.block.layout_head, call.rows, call.keys)
+
+    def query_rows(self, name: str, call: Call, tensor: Tensor) -> Tensor:
+        """(batch * rectangles, heads, rows, ...) of a tensor that goes with the query, (batch, q_len, heads, ...)."""
+        rows = call.rows.get(name, tensor, self.scratch)
+        heads = tensor.shape[2]
+        if self._folds(call, heads):
+            return rows.reshape(len(rows) * call.rows.count, 1, call.rows.length * heads, *rows.shape[3:])
+        apart: Tensor = rows.unflatten(1, (call.rows.count, call.rows.length)).transpose(2, 3).flatten(0, 1)
+        return apart
+
+    def as_rows(self, call: Call, result: Tensor, heads: int) -> Tensor:
+        """The inverse of ``query_rows``, for results: (batch, rectangles * rows, heads, ...)."""
+        if self._folds(call, heads):
+            return result.reshape(-1, call.rows.count * call.rows.length, heads, *result.shape[3:])
+        result = result.transpose(1, 2)
+        return result.reshape(-1, call.rows.count * call.rows.length, *result.shape[2:])
+
+    def key_rows(self, name: str, call: Call, tensor: Tensor, heads: int) -> Tensor:
+        """(batch * rectangles, key heads, keys, ...) of a tensor that goes with the keys, for so many query heads."""
+        rows: Tensor = call.keys.get(name, tensor, self.scratch)
+        rows = rows.unflatten(1, (call.keys.count, call.keys.length)).transpose(2, 3).flatten(0, 1)
+        return rows.expand(-1, heads, *rows.shape[2:]) if self._repeats(call, heads) else rows
+
+    def as_keys(self, call: Call, grad: Tensor, heads: int) -> Tensor:
+        """The inverse of ``key_rows``, for gradients: (batch, rectangles * keys, key heads, ...)."""
+        if self._repeats(call, heads):
+            grad = grad.sum(1, keepdim=True)
+        grad = grad.transpose(1, 2)
+        return grad.reshape(-1, call.keys.count * call.keys.length, *grad.shape[2:])
+
+    def _folds(self, call: Call, heads: int) -> bool:
+        return heads > self.block.kv_heads and not call.stack.is_causal
+
+    def _repeats(self, call: Call, heads: int) -> bool:
+        return heads > self.block.kv_heads and call.stack.is_causal
+
+
+def work_of(
+    query: Tensor,
+    key: Tensor,
+    layout: BlockLayout,
+    extras: Extras,
+    options: Options,
+    resources: Resources,
+    *,
+    sums: bool,
+) -> Iterator[Work]:
+    """The work of every head block. ``sums``: whether something is summed in any case, as gradients are."""
+    half = accumulation_dtype(query.dtype) != query.dtype
+    plan = plan_of(
+        layout, resources.patterns, is_causal=options.is_causal, half=half, by_row_block=extras.bias is not None
+    )
+    scratch = Scratch(resources, query.device)
+    seed = None if extras.seed is None else int(extras.seed)
+    summed = half and (sums or not plan[0].once)
+    blocks = HEAD_BLOCKS if summed or not key.is_contiguous() else 1
+    if seed is not None:  # each head's numbers are its own, so forward and backward draw the same
+        blocks = query.shape[2]
+    for block in head_blocks(query, key, layout, blocks):
+        apart = None if seed is None else seed + (block.queries.start << 40)
+        yield Work(block, plan[block.layout_head], layout, options, extras, scratch, apart)
+
+
+def last_stride_1(tensor: Tensor) -> Tensor:
+    """As the kernels read it."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
