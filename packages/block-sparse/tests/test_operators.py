@@ -109,7 +109,7 @@ def test_the_operators_refuse_second_derivatives(leaf: str, monkeypatch: pytest.
         grad.square().sum().backward()
 
 
-# ------------------------------------------------------------------------------------------------ torch.func, checkpoint
+# ------------------------------------------------------------------------------------------- torch.func, checkpoint
 
 
 def test_torch_func_grad_is_autograd() -> None:

@@ -313,3 +313,14 @@ def test_inputs_are_not_written_to() -> None:
         block_sparse_attention(*tensors[:3], case.layout(), **case.options(), block_bias=bias, enable_gqa=True)
         for tensor, was in zip(tensors, before, strict=True):
             assert torch.equal(tensor.nan_to_num(), was.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_a_large_bias_counts_whole_in_half_precision(dtype: torch.dtype) -> None:
+    """Divided by the scale it has more digits than the dtype: what rounding loses would change weights by a tenth."""
+    layout = MIXED.layout()
+    tensors = [torch.randn(1, 45, 2, 8).to(dtype) for _ in range(3)]
+    bias = (64.0 + torch.randn(layout.live)).to(dtype)
+    out = block_sparse_attention(*tensors, layout, block_bias=bias)
+    exact = reference.block_sparse_attention(*(each.double() for each in tensors), layout, block_bias=bias.double()).out
+    assert deviation(out, exact) <= 2e-2

@@ -14,7 +14,7 @@ from torch import Tensor
 from dilated_block_sparse.engine.bias import bias_gradient, widened
 from dilated_block_sparse.engine.gather import Scratch
 from dilated_block_sparse.engine.heads import heads_of
-from dilated_block_sparse.engine.work import Extras, Options, Work, last_stride_1, work_of
+from dilated_block_sparse.engine.work import Extras, Options, Work, last_stride_1, readable, work_of
 from dilated_block_sparse.layout import BlockLayout
 from dilated_core.kernels import rows_for_backward, tile_backward
 from dilated_core.partial import accumulation_dtype
@@ -65,7 +65,7 @@ def backward(
             total.zero_()
         summed = keys
         own_keys = [
-            work.scratch.contiguous(name, heads_of(tensor, keys)) for name, tensor in (("keys", key), ("values", value))
+            readable(work, name, heads_of(tensor, keys)) for name, tensor in (("keys", key), ("values", value))
         ]
         _add_gradients(work, [heads_of(tensor, queries) for tensor in by_query], own_keys, sums, grad_bias)
         for place, total in zip(places, sums, strict=True):
@@ -77,10 +77,8 @@ def backward(
 
 
 def _summable(scratch: Scratch, name: str, place: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where gradients are summed: their own place, or scratch where that is less precise or lies scattered."""
-    if place.dtype == dtype and place.is_contiguous():
-        return place
-    return scratch.empty(name, place.shape, dtype)
+    """Where gradients are summed: their own place, or scratch where that is less precise."""
+    return place if place.dtype == dtype else scratch.empty(name, place.shape, dtype)
 
 
 def _add_gradients(

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dilated_block_sparse.engine.bias import COLUMNS
 from dilated_block_sparse.engine.heads import heads_of
-from dilated_block_sparse.engine.work import Extras, Options, Work, last_stride_1, work_of
+from dilated_block_sparse.engine.work import Extras, Options, Work, last_stride_1, readable, work_of
 from dilated_block_sparse.layout import BlockLayout
 from dilated_core.kernels import Kernel, Needs, choose
 from dilated_core.partial import accumulation_dtype
@@ -46,8 +46,8 @@ def forward(
     for work in work_of(query, key, layout, extras, options, resources, sums=False):
         queries, keys = work.block.queries, work.block.keys
         own_query, own_out, own_lse = (heads_of(tensor, queries) for tensor in (query, out, lse.transpose(1, 2)))
-        own_key = work.scratch.contiguous("keys", heads_of(key, keys))
-        own_value = work.scratch.contiguous("values", heads_of(value, keys))
+        own_key = readable(work, "keys", heads_of(key, keys))
+        own_value = readable(work, "values", heads_of(value, keys))
         sums = own_out
         if not work.plan.once and lse.dtype != query.dtype:
             sums = work.scratch.empty("sums", own_out.shape, lse.dtype).zero_()

@@ -18,6 +18,8 @@ from dilated_core.partial import accumulation_dtype
 from dilated_core.resources import Resources
 from dilated_core.tiles import make_problem
 
+# Rows of a call at least, where there are more: long calls are fast.
+FEWEST_ROWS = 512
 # The heads are taken in so many blocks where something as long as the sequence is made of each: float32 sums, copies.
 HEAD_BLOCKS = 4
 
@@ -84,15 +86,25 @@ class Work:
         row, token = (tensor.shape[2] * tensor.shape[3] for tensor in (query, key))
         number = 0
         for stack in self.plan.stacks:
-            size = 0 if stack.in_place else max(stack.rows.length * row, stack.keys.length * token)
-            batch_rows = max(1, min(batch, budget(query) // size)) if size else batch
-            count = max(1, budget(query) // (size * batch_rows)) if size else 1
-            for first in range(0, stack.count, count):
-                last = min(first + count, stack.count)
-                rows, keys = (Place.of(axis, first, last, query.device) for axis in (stack.rows, stack.keys))
+            size = max(stack.rows.length * row, 0 if stack.keys.span else stack.keys.length * token)
+            batch_rows = max(1, min(batch, budget(query) // size))
+            count = max(1, budget(query) // (size * batch_rows))
+            for rows, keys in self._places(stack, count, max(FEWEST_ROWS, budget(query) // row), query.device):
                 for at in range(0, batch, batch_rows):
                     yield Call(number, stack, rows, keys, slice(at, at + batch_rows))
                     number += 1
+
+    def _places(self, stack: Stack, count: int, rows: int, device: torch.device) -> Iterator[tuple[Place, Place]]:
+        """Of a stack ``count`` rectangles at a time; of rows that follow each other ``rows`` at a time."""
+        span = stack.rows.span
+        if span is not None and not stack.is_causal:
+            keys = Place.of(stack.keys, 0, 1, device)
+            for start in range(span.start, span.stop, rows):
+                yield Place.of_span(slice(start, min(start + rows, span.stop))), keys
+            return
+        for first in range(0, stack.count, count):
+            last = min(first + count, stack.count)
+            yield Place.of(stack.rows, first, last, device), Place.of(stack.keys, first, last, device)
 
     def problem(self, call: Call, query: Tensor, key: Tensor, value: Tensor) -> Problem | None:
         """What the kernel is to attend; None where all keys are padding. Takes the call's batch rows."""
@@ -170,13 +182,21 @@ def work_of(
     )
     scratch = Scratch(resources, query.device)
     seed = None if extras.seed is None else int(extras.seed)
+    gathers = not all(stack.in_place for head in plan for stack in head.stacks)
     summed = half and (sums or not plan[0].once)
-    blocks = HEAD_BLOCKS if summed or not key.is_contiguous() else 1
+    blocks = min(HEAD_BLOCKS, -(-key.numel() // budget(key))) if gathers or summed else 1
     if seed is not None:  # each head's numbers are its own, so forward and backward draw the same
         blocks = query.shape[2]
-    for block in head_blocks(query, key, layout, blocks):
+    for block in head_blocks(query, key, layout, blocks, split_groups=summed or seed is not None):
         apart = None if seed is None else seed + (block.queries.start << 40)
         yield Work(block, plan[block.layout_head], layout, options, extras, scratch, apart)
+
+
+def readable(work: Work, name: str, tensor: Tensor) -> Tensor:
+    """Keys, or values, of a head block as they are gathered, or read in place, fastest."""
+    if all(stack.in_place for stack in work.plan.stacks):
+        return last_stride_1(tensor)
+    return work.scratch.by_head(name, tensor)
 
 
 def last_stride_1(tensor: Tensor) -> Tensor:

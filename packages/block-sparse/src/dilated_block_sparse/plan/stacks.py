@@ -17,8 +17,8 @@ from dilated_block_sparse.plan.rectangles import Extent, Rectangle, bits_of, col
 from dilated_core.resources import PatternStore
 
 # Rows and keys of a rectangle at most, where they must be gathered, so that what is gathered stays in proportion to the
-# result: so many, or a quarter of all keys if that is more.
-MOST_ROWS = 4096
+# result: so many, or an eighth of all if that is more.
+MOST_ROWS = 1024
 MOST_KEYS = 1024
 # Bits of all columns that are looked at together: 64 MiB of them.
 MOST_BITS = 1 << 29
@@ -176,13 +176,14 @@ def _axes_of(part: Part) -> tuple[tuple[int, ...], int, int, tuple[int, ...], in
 
 
 def _from_rectangles(rectangles: list[Rectangle], row_extent: Extent, key_extent: Extent) -> Iterator[_Shape]:
-    most_keys = max(MOST_KEYS, key_extent.blocks * key_extent.block // 4)
+    most_keys = max(MOST_KEYS, key_extent.blocks * key_extent.block // 8)
+    most_rows = max(MOST_ROWS, row_extent.blocks * row_extent.block // 8)
     for level, rows, bits in rectangles:
         columns = columns_of(bits)
         for chunk, keys in enumerate(_cut(columns, most_keys // key_extent.block)):
             key_starts = tuple(column * key_extent.block for column in keys)
             key_count = key_extent.columns(bits_of(keys[-1:])) + (len(keys) - 1) * key_extent.block
-            for row_chunk in _cut(rows, MOST_ROWS // row_extent.block):
+            for row_chunk in _cut(rows, most_rows // row_extent.block):
                 row_starts = tuple(row * row_extent.block for row in row_chunk)
                 yield _Shape(
                     level + (chunk << 20),
