@@ -1,18 +1,20 @@
 """Exact block-sparse attention, forward and backward, whose cost follows the blocks that are kept."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dilated_block_sparse.adaptive import (
-    BlockScorer,
-    BlockSparseAdaptiveAttention,
-    attention_recall,
-    block_scores,
-)
 from dilated_block_sparse.functional import block_sparse_attention
 from dilated_block_sparse.layout import BlockLayout
 from dilated_block_sparse.modules import BlockSparseAttention, BlockSparseMultiheadAttention
 from dilated_block_sparse.pattern import Pattern
 
+if TYPE_CHECKING:
+    from dilated_block_sparse.adaptive import BlockScorer as BlockScorer
+    from dilated_block_sparse.adaptive import BlockSparseAdaptiveAttention as BlockSparseAdaptiveAttention
+    from dilated_block_sparse.adaptive import attention_recall as attention_recall
+    from dilated_block_sparse.adaptive import block_scores as block_scores
+
+# torch.compiler.disable, which it needs, loads the compiler: as long as torch itself takes.
+_ADAPTIVE = ("BlockScorer", "BlockSparseAdaptiveAttention", "attention_recall", "block_scores")
 _RING = (
     "BlockSparseRingAttention",
     "BlockSparseRingMultiheadAttention",
@@ -31,12 +33,20 @@ __all__ = [
     "attention_recall",
     "block_scores",
     "block_sparse_attention",
-    *_RING,
 ]
+
+
+def __dir__() -> list[str]:
+    """What is there, and what the extra "ring" brings, which is not in ``__all__``: ``import *`` takes all that."""
+    return sorted({*globals(), *_ADAPTIVE, *_RING})
 
 
 def __getattr__(name: str) -> Any:
     """Attention over many ranks is imported when it is asked for: it needs the extra "ring"."""
+    if name in _ADAPTIVE:
+        from dilated_block_sparse import adaptive
+
+        return getattr(adaptive, name)
     if name not in _RING:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

@@ -208,16 +208,17 @@ def tables_of(layout: BlockLayout, device: torch.device, heads: int, *, is_causa
     key = _key(layout, device, heads, is_causal, masked)
     tables: Tables | None = layout.plans.get(key)
     if tables is None:
-        if layout.heads not in (1, heads):
-            # FlexAttention's CPU and GPU kernels spread fewer heads over more in two different ways: leave them none.
-            group = heads // layout.heads
-            tables = _tables(
-                algebra.select_heads(layout, [head // group for head in range(heads)]), device, is_causal, masked
-            )
-        else:
-            tables = _tables(layout, device, is_causal, masked)
-        layout.plans[key] = tables
+        tables = layout.plans[key] = _tables_for_heads(layout, device, heads, is_causal, masked)
     return tables
+
+
+@torch.inference_mode(False)  # they stay, and a backward may save them
+def _tables_for_heads(layout: BlockLayout, device: torch.device, heads: int, is_causal: bool, masked: bool) -> Tables:
+    if layout.heads not in (1, heads):
+        # FlexAttention's CPU and GPU kernels spread fewer heads over more in two different ways: leave them none.
+        group = heads // layout.heads
+        layout = algebra.select_heads(layout, [head // group for head in range(heads)])
+    return _tables(layout, device, is_causal, masked)
 
 
 def _key(layout: BlockLayout, device: torch.device, heads: int, is_causal: bool, masked: bool) -> tuple[object, ...]:

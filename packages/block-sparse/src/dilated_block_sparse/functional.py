@@ -105,7 +105,8 @@ def block_sparse_attention(
             NaN, has no influence; its own rows attend like any other.
         enable_gqa: whether query heads may share key heads.
         block_bias: (layout.live,), dtype and device of query, in the order of ``layout.indices``: added to the scores
-            of all pairs of a block, differentiable. Rows of blocks are then attended one by one, which is slower.
+            of all pairs of a block, differentiable; finite. Under autocast it is cast as query is. Rows of blocks are
+            then attended one by one, which is slower.
         backend: "tiles", dense kernels on the plan's rectangles; "flex", PyTorch's compiled FlexAttention; "auto":
             tiles on a CPU, elsewhere flex where it can run. What a backend cannot do raises.
         kernel: of "tiles": a name from ``dilated_core.kernels.table()``, or "auto" for the first that can run.
@@ -137,6 +138,8 @@ def block_sparse_attention(
         raise TypeError(f"return_aux: expected an AuxRequest or None, got {type(return_aux).__name__}")
     resources = checks.resources(allocator, patterns)
     query, key, value = checks.autocast(query, key, value)
+    if isinstance(block_bias, Tensor):
+        (block_bias,) = checks.autocast(block_bias)
     query, key, value = checks.query_key_value(query, key, value, same_length=is_causal, enable_gqa=enable_gqa)
     layout = check_layout(layout, query, key)
     real = checks.key_padding_mask(key_padding_mask, key)

@@ -28,6 +28,7 @@ class BlockSparseAttention(nn.Module):
     Raises:
         TypeError, ValueError: an argument of a wrong type or value.
 
+    >>> from dilated_block_sparse import Pattern
     >>> attention = BlockSparseAttention(Pattern("local", window=1, block_size=4), is_causal=True)
     >>> attention(*torch.randn(3, 2, 11, 4, 16)).shape, attention(*torch.randn(3, 2, 30, 4, 16)).shape
     (torch.Size([2, 11, 4, 16]), torch.Size([2, 30, 4, 16]))
@@ -64,7 +65,6 @@ class BlockSparseAttention(nn.Module):
         return self._layouts.source
 
     # A trace runs this as it is and takes the layout for a constant of that length: how it is made is not in the graph.
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def layout_for(self, seq_len: int) -> BlockLayout:
         """The layout of a call of ``seq_len`` query rows; a fixed one is the same for all.
 
@@ -72,6 +72,9 @@ class BlockSparseAttention(nn.Module):
             TypeError: the function given as ``layout`` returned something else.
         """
         return self._layouts.of(seq_len)
+
+    # What torch.compiler.assume_constant_result sets; calling it would load the whole compiler with this package.
+    layout_for._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def forward(
         self,
@@ -152,6 +155,7 @@ class BlockSparseMultiheadAttention(MultiheadDilatedAttention):
     Raises:
         TypeError, ValueError: an argument of a wrong type or value.
 
+    >>> from dilated_block_sparse import Pattern
     >>> attention = BlockSparseMultiheadAttention(64, 4, Pattern("local", window=1, block_size=8))
     >>> output, _ = attention(torch.randn(2, 19, 64), is_causal=True)
     >>> output.shape

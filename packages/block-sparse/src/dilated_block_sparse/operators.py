@@ -19,6 +19,7 @@ from dilated_block_sparse import engine
 from dilated_block_sparse.engine import Extras, Options
 from dilated_block_sparse.layout import BlockLayout
 from dilated_block_sparse.layout.algebra import bytes_of
+from dilated_block_sparse.layout.block_layout import living
 from dilated_core.resources import Resources
 
 PLAIN = (Tensor, nn.Parameter)
@@ -48,6 +49,11 @@ def tiled_attention(
 
 def _layout(indptr: Tensor, indices: Tensor, sizes: Sequence[int]) -> BlockLayout:
     """The layout of these tensors. The last ones are remembered, with their plans."""
+    layout = living(indptr, indices)
+    if layout is not None and sizes == [layout.q_len, layout.kv_len, *layout.block_size]:
+        return layout
+    # Of an exported program, which has copies, perhaps moved to a GPU.
+    indptr, indices = (tensor.cpu().contiguous() for tensor in (indptr, indices))
     return _remembered(indptr.shape[0], bytes_of(indptr), bytes_of(indices), tuple(sizes))
 
 
@@ -55,7 +61,11 @@ def _layout(indptr: Tensor, indices: Tensor, sizes: Sequence[int]) -> BlockLayou
 def _remembered(heads: int, indptr: bytes, indices: bytes, sizes: tuple[int, ...]) -> BlockLayout:
     q_len, kv_len, rows, columns = sizes
     starts = torch.frombuffer(bytearray(indptr), dtype=torch.int64).view(heads, -1)
-    live = torch.frombuffer(bytearray(indices), dtype=torch.int32) if indices else torch.empty(0, dtype=torch.int32)
+    live = (
+        torch.frombuffer(bytearray(indices), dtype=torch.int32)
+        if indices
+        else torch.empty(0, dtype=torch.int32, device="cpu")
+    )
     return BlockLayout(starts, live, q_len, kv_len, block_size=(rows, columns))
 
 

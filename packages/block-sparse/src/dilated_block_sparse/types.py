@@ -19,6 +19,7 @@ from dilated_block_sparse.layout import BlockSize, checks
 from dilated_block_sparse.modules import BlockSparseAttention, BlockSparseMultiheadAttention
 from dilated_block_sparse.pattern import LayoutLike, Pattern
 from dilated_core import Allocator, DilatedPattern, PatternStore
+from dilated_core import checks as core_checks
 
 # What sparsity_ratio alone means.
 DEFAULT_PATTERN = "dilated_sparse"
@@ -75,6 +76,7 @@ def choose_layout(
         _refuse_beside("layout", {**given, "segment_lengths": _lengths_unless_default(branches)})
         return layout
     if sparsity_ratio is not None:
+        core_checks.probability("sparsity_ratio", sparsity_ratio)
         _refuse_beside("sparsity_ratio", {"segment_lengths": _lengths_unless_default(branches)})
         drawn = {} if seed is None else {"seed": seed}
         causal = {"is_causal": True} if is_causal else {}

@@ -166,6 +166,7 @@ class BlockSparseAdaptiveAttention(nn.Module):
             TypeError, ValueError: as ``block_sparse_attention`` and ``block_scores``.
         """
         causal = self.is_causal if is_causal is None else checks.boolean("is_causal", is_causal)
+        query, key, value = checks.autocast(query, key, value)
         checks.query_key_value(query, key, value, same_length=causal, enable_gqa=self.enable_gqa)
         through = self.gradient == "straight_through" and torch.is_grad_enabled()
         with torch.set_grad_enabled(through):
@@ -178,7 +179,7 @@ class BlockSparseAdaptiveAttention(nn.Module):
         if through and scores.requires_grad:
             chosen = scores[kept]  # row by row, as layout.indices
             bias = chosen - chosen.detach()  # 0, with the gradient of the score
-        out, _ = attend_layout(
+        out: Tensor = attend_layout(
             query,
             key,
             value,
@@ -262,8 +263,9 @@ class BlockSparseAdaptiveAttention(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""
+        pooled = "" if self.scorer is not None else f"pool={self.pool!r}, query_pool={self.query_pool!r}, "
         budget = f"keep={self.keep}" if self.mass is None else f"mass={self.mass}"
         return (
             f"block_size={self.block_size}, {budget}, gradient={self.gradient!r}, sink={self.sink}, "
-            f"window={self.window}, pool={self.pool!r}, query_pool={self.query_pool!r}, is_causal={self.is_causal}"
+            f"window={self.window}, {pooled}is_causal={self.is_causal}"
         )

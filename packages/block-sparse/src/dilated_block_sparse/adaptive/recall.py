@@ -16,7 +16,7 @@ from dilated_block_sparse.adaptive.folding import attend_layout
 from dilated_block_sparse.layout import BlockLayout
 from dilated_block_sparse.layout.checks import BlockSize
 from dilated_block_sparse.layout.checks import block_size as check_block_size
-from dilated_core import attend, checks
+from dilated_core import AuxRequest, attend, checks
 from dilated_core.partial import accumulation_dtype
 
 
@@ -39,13 +39,19 @@ class Recall:
     def minimum(self) -> Tensor:
         """(heads,), the worst row's; NaN where no row has a key."""
         shares = self._by_head()
+        if not shares.shape[-1]:
+            return shares.new_full(shares.shape[:1], math.nan)
         least = shares.masked_fill(shares.isnan(), math.inf).amin(-1)
         return least.masked_fill(least == math.inf, math.nan)
 
     def quantile(self, share: float) -> Tensor:
         """(heads,): that share of the rows, in [0, 1], has at most this recall."""
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"share: expected a number in [0, 1], got {share}")
         # Sorted rather than torch.quantile, which refuses more than 16M rows. NaN is sorted last.
         shares = self._by_head().sort(-1).values
+        if not shares.shape[-1]:
+            return shares.new_full(shares.shape[:1], math.nan)
         known = (~shares.isnan()).sum(-1, keepdim=True)
         place = ((known - 1).clamp(min=0) * share).floor().long()
         return shares.gather(-1, place).squeeze(-1)
@@ -85,7 +91,7 @@ def attention_recall(
     """
     query, key = checks.autocast(query, key)
     checks.query_key_value(query, key, key, same_length=is_causal, enable_gqa=enable_gqa)
-    _, kept = attend_layout(
+    _, aux = attend_layout(
         query,
         key,
         key,
@@ -96,10 +102,11 @@ def attention_recall(
         enable_gqa=enable_gqa,
         backend=backend,
         kernel=kernel,
+        return_aux=AuxRequest(lse=True),
     )
     everything = _all_heads(key, query)
     whole = attend(query, everything, everything, is_causal=is_causal, scale=scale, key_padding_mask=key_padding_mask)
-    return Recall((kept - whole.lse).exp())  # -inf - -inf is NaN: no key at all
+    return Recall((aux.lse - whole.lse).exp())  # -inf - -inf is NaN: no key at all
 
 
 @torch.no_grad()

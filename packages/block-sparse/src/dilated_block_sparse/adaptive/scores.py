@@ -128,6 +128,7 @@ class PooledBlocks:
         checks.boolean("enable_gqa", enable_gqa)
         checks.choice("pool", pool, POOLS)
         checks.choice("query_pool", query_pool, QUERY_POOLS)
+        query, key = checks.autocast(query, key)
         query, key, _ = checks.query_key_value(query, key, key, same_length=is_causal, enable_gqa=enable_gqa)
         rows, columns = check_block_size(block_size)
         real = checks.key_padding_mask(key_padding_mask, key)
@@ -142,10 +143,10 @@ class PooledBlocks:
         groups = query.shape[1] // max(1, key.shape[1])
 
         def pool_query(tensor: Tensor) -> Tensor:
-            if query_pool == "first":
-                return tensor[:, :, ::rows]
             if real_rows is not None:
                 tensor = tensor.masked_fill(~real_rows[:, None, :, None], 0.0)
+            if query_pool == "first":
+                return _first(tensor, rows, real_rows)
             return _mean(tensor, rows, _counts(real_rows, tensor.shape[2], rows, tensor.device))
 
         def for_heads(pooled: Tensor) -> Tensor:
@@ -157,7 +158,7 @@ class PooledBlocks:
         if pool == "bound":
             span = for_heads(-_most(-key, columns, real)), for_heads(_most(key, columns, real))
         if is_causal and query_pool == "first":
-            own = for_heads(key[:, :, ::rows])
+            own = for_heads(_first(key, rows, real_rows))
         open_blocks = (counts > 0)[:, None, None, :]
         if is_causal:
             open_blocks = open_blocks & visible_blocks(query.shape[2], key.shape[2], (rows, columns), key.device)
@@ -237,6 +238,15 @@ def _counts(real: Tensor | None, tokens: int, size: int, device: torch.device) -
 def _mean(tensor: Tensor, size: int, counts: Tensor) -> Tensor:
     """Means of blocks, (batch, heads, blocks, dim); padding is 0 in the tensor. 0 in a block without a real token."""
     return _cut(tensor, size, 0.0).sum(3) / counts.clamp(min=1.0)[:, None, :, None]
+
+
+def _first(tensor: Tensor, size: int, real: Tensor | None) -> Tensor:
+    """The first real row of each block, (batch, heads, blocks, dim); the very first of a block without one."""
+    if real is None or not tensor.shape[2]:
+        return tensor[:, :, ::size]
+    at = _cut(real[:, None, :, None].byte(), size, 0)[:, 0, :, :, 0].argmax(-1)
+    rows = torch.arange(0, tensor.shape[2], size, device=tensor.device) + at
+    return tensor.gather(2, rows[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
 
 
 def _most(tensor: Tensor, size: int, real: Tensor | None) -> Tensor:

@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dilated_block_sparse.adaptive.scores import diagonal_blocks, visible_blocks
 from dilated_block_sparse.layout import BlockLayout
@@ -70,24 +71,37 @@ def select_blocks(
         checks.length("window", window)
     scores = scores.detach()
     can = scores > -math.inf
+    blocks = scores.shape[-1]
     if checks.boolean("is_causal", is_causal):
         can = can & visible_blocks(q_len, kv_len, size, scores.device)
-    always = can & _always(q_len, kv_len, size, sink, window, is_causal, scores.device)
+        # What of the diagonal is past the end, or padding, counts too: else how many of the keys before it a row keeps
+        # would depend on whether there are keys after it.
+        whole = scores.shape[-2] * size[0]
+        own = diagonal_blocks(whole, whole, size, scores.device)
+        scores, can = (_wider(table, own.shape[-1], fill) for table, fill in ((scores, -math.inf), (can, False)))
+        first = torch.arange(0, whole, size[0], device=scores.device) // size[1]
+        at_first = scores.gather(-1, first[:, None].expand(*scores.shape[:-1], 1))
+        counted = can | (own & (at_first > -math.inf))
+        scores = torch.where(counted & ~can, at_first, scores)
+    else:
+        own, counted = torch.zeros_like(can), can
+    always = _wider(_always(q_len, kv_len, size, sink, window, is_causal, scores.device), scores.shape[-1], False)
+    always = counted & (always | own)
 
     # Sorting puts what is always kept first and what cannot be attended last.
-    ranked = scores.masked_fill(always, math.inf).masked_fill(~can, -math.inf)
+    ranked = scores.masked_fill(always, math.inf).masked_fill(~counted, -math.inf)
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
     place = torch.arange(scores.shape[-1], device=scores.device)
     if mass is None:
         assert keep is not None
-        wanted = _rounded_up(can.sum(-1, keepdim=True), keep) if isinstance(keep, float) else keep
+        wanted = _rounded_up(counted.sum(-1, keepdim=True), keep) if isinstance(keep, float) else keep
         taken = place < wanted
     else:
         # A row that can attend nothing has NaN here, and what it takes is dropped below.
-        predicted = torch.softmax(scores.masked_fill(~can, -math.inf).double(), -1).gather(-1, order)
+        predicted = torch.softmax(scores.masked_fill(~counted, -math.inf).double(), -1).gather(-1, order)
         taken = (predicted.cumsum(-1) - predicted < mass) | (mass == 1)  # with 1, all, however small
     taken = (taken | (place < always.sum(-1, keepdim=True))).expand_as(can)
-    return torch.zeros_like(can).scatter_(-1, order, taken) & can
+    return (torch.zeros_like(can).scatter_(-1, order, taken) & can)[..., :blocks]
 
 
 def select_layout(
@@ -170,6 +184,11 @@ def _always(
     if window is None and not is_causal:
         return always
     return always | diagonal_blocks(q_len, kv_len, size, device, window=window or 0)
+
+
+def _wider(table: Tensor, columns: int, fill: float) -> Tensor:
+    """The table with columns added at its end."""
+    return functional.pad(table, (0, columns - table.shape[-1]), value=fill)
 
 
 def _check_scores(scores: object, q_blocks: int, kv_blocks: int) -> None:

@@ -53,20 +53,19 @@ def backward(
     grads = [resources.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (query, key, value)]
     grad_bias = None if extras.bias is None else torch.zeros_like(extras.bias, dtype=dtype)
     if query.numel() == 0 or key.numel() == 0:
-        return Gradients(*(grad.zero_() for grad in grads), grad_bias)  # type: ignore[call-arg]
+        none = None if extras.bias is None else torch.zeros_like(extras.bias)
+        return Gradients(*(grad.zero_() for grad in grads), none)  # type: ignore[call-arg]
     by_query = [last_stride_1(tensor) for tensor in (query, grad_out, out)]
     by_query += [rows.transpose(1, 2) for rows in rows_for_backward(lse, grad_lse) if rows is not None]
     summed: slice | None = None  # the key heads that the sums are of
-    for work in work_of(query, key, layout, extras, options, resources, sums=True):
+    for work in work_of(query, key, value, layout, extras, options, resources, sums=True):
         queries, keys = work.block.queries, work.block.keys
         places = [heads_of(grad, heads) for grad, heads in zip(grads, (queries, keys, keys), strict=True)]
         sums = [_summable(work.scratch, name, place, dtype) for name, place in zip(SUMS, places, strict=True)]
         for total in sums[:1] if summed == keys else sums:  # query heads of one group add to the same keys' sums
             total.zero_()
         summed = keys
-        own_keys = [
-            readable(work, name, heads_of(tensor, keys)) for name, tensor in (("keys", key), ("values", value))
-        ]
+        own_keys = [readable(work, name, heads_of(tensor, keys)) for name, tensor in (("keys", key), ("values", value))]
         _add_gradients(work, [heads_of(tensor, queries) for tensor in by_query], own_keys, sums, grad_bias)
         for place, total in zip(places, sums, strict=True):
             if total is not place:

@@ -1,10 +1,13 @@
 """A bias for each live block, as two more columns of queries and keys: no kernel takes one, each takes wider rows.
 
-With 1 in a query's columns and b / scale in a key's, scale * q k gains b. Half precision rounds b, so the second column
-has what the first lost. The gradient of b is then that of the key's column, summed over the block's keys.
+With p, about 1 / scale, in a query's columns and b / (scale * p) in a key's, scale * q k gains b. Half precision rounds
+that, so the second column has what the first lost. The gradient of b is that of the key's column, summed over the
+block's keys, over scale * p.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -23,7 +26,7 @@ def positions(layout: BlockLayout, head: int, rows: Place, keys: Place) -> Tenso
     row_size, column_size = layout.block_size
     starts = layout.indptr[head]
     own = layout.indices[int(starts[0]) : int(starts[-1])]
-    live = torch.arange(layout.q_blocks).repeat_interleave(starts.diff()) * layout.kv_blocks + own
+    live = torch.arange(layout.q_blocks, device="cpu").repeat_interleave(starts.diff()) * layout.kv_blocks + own
     wanted = rows.tokens()[:, :1] // row_size * layout.kv_blocks + keys.tokens() // column_size
     return starts[0] + torch.searchsorted(live, wanted)
 
@@ -36,9 +39,12 @@ def with_bias(problem: Problem, bias: Tensor) -> Problem:
     """
     query, key, value = (widened(tensor) for tensor in problem[:3])
     head_dim = problem.query.shape[-1]
-    column = (bias / problem.scale).repeat(len(key) // len(bias), 1).unsqueeze(1)
+    share = _query_share(problem.scale)
+    # Neither a column nor its product with the query's may overflow: that would be NaN.
+    limit = min(torch.finfo(key.dtype).max, torch.finfo(bias.dtype).max / (4.0 * max(share, 1.0)))
+    column = (bias / (problem.scale * share)).clamp(-limit, limit).repeat(len(key) // len(bias), 1).unsqueeze(1)
     rounded = column.to(key.dtype)
-    query[..., head_dim : head_dim + 2] = 1.0
+    query[..., head_dim : head_dim + 2] = share
     key[..., head_dim] = rounded
     key[..., head_dim + 1] = (column - rounded).to(key.dtype)
     return problem._replace(query=query, key=key, value=value)
@@ -53,4 +59,9 @@ def bias_gradient(grad_key: Tensor, head_dim: int, rectangles: int, scale: float
     """The gradient of each key's bias, (rectangles, keys), given that of the keys that ``with_bias`` made."""
     column = grad_key[..., head_dim].unflatten(0, (-1, rectangles))
     total: Tensor = column.sum((0, 2), dtype=torch.promote_types(column.dtype, torch.float32))
-    return total / scale
+    return total / (scale * _query_share(scale))
+
+
+def _query_share(scale: float) -> float:
+    """What the query's columns hold: about 1 / scale, as a power of two that half precision holds exactly."""
+    return 2.0 ** min(max(math.ceil(-math.log2(scale)), -14), 15)

@@ -37,13 +37,15 @@ def forward(
     """
     needs = Needs(extras.real is not None, extras.seed is not None)
     width = query.shape[-1] + (0 if extras.bias is None else COLUMNS)
+    if extras.bias is not None and bool(extras.bias.isinf().any()):
+        raise ValueError("block_bias: expected finite numbers, got inf (to hide a block, leave it out of the layout)")
     engine = choose(options.kernel, query.device, query.dtype, width, needs)
     out, lse = results_of_forward(query, resources)
     out.zero_()
     lse.fill_(-math.inf)
     if query.numel() == 0 or key.numel() == 0:
         return out, lse
-    for work in work_of(query, key, layout, extras, options, resources, sums=False):
+    for work in work_of(query, key, value, layout, extras, options, resources, sums=False):
         queries, keys = work.block.queries, work.block.keys
         own_query, own_out, own_lse = (heads_of(tensor, queries) for tensor in (query, out, lse.transpose(1, 2)))
         own_key = readable(work, "keys", heads_of(key, keys))

@@ -27,9 +27,7 @@ class HeadBlock(NamedTuple):
         return int(self.keys.stop) - int(self.keys.start)
 
 
-def head_blocks(
-    query: Tensor, key: Tensor, layout: BlockLayout, blocks: int, *, split_groups: bool
-) -> list[HeadBlock]:
+def head_blocks(query: Tensor, key: Tensor, layout: BlockLayout, blocks: int, *, split_groups: bool) -> list[HeadBlock]:
     """Cut the heads into ``blocks`` at least, where there are as many; heads with layouts of their own are apart.
 
     Args:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from dilated_block_sparse.engine.bias import positions, with_bias
@@ -154,7 +155,7 @@ class Work:
     def as_keys(self, call: Call, grad: Tensor, heads: int) -> Tensor:
         """The inverse of ``key_rows``, for gradients: (batch, rectangles * keys, key heads, ...)."""
         if self._repeats(call, heads):
-            grad = grad.sum(1, keepdim=True)
+            grad = grad.sum(1, keepdim=True, dtype=accumulation_dtype(grad.dtype))
         grad = grad.transpose(1, 2)
         return grad.reshape(-1, call.keys.count * call.keys.length, *grad.shape[2:])
 
@@ -168,6 +169,7 @@ class Work:
 def work_of(
     query: Tensor,
     key: Tensor,
+    value: Tensor,
     layout: BlockLayout,
     extras: Extras,
     options: Options,
@@ -182,9 +184,8 @@ def work_of(
     )
     scratch = Scratch(resources, query.device)
     seed = None if extras.seed is None else int(extras.seed)
-    gathers = not all(stack.in_place for head in plan for stack in head.stacks)
-    summed = half and (sums or not plan[0].once)
-    blocks = min(HEAD_BLOCKS, -(-key.numel() // budget(key))) if gathers or summed else 1
+    summed = half and (sums or not all(head.once for head in plan))
+    blocks = HEAD_BLOCKS if summed or not (key.is_contiguous() and value.is_contiguous()) else 1
     if seed is not None:  # each head's numbers are its own, so forward and backward draw the same
         blocks = query.shape[2]
     for block in head_blocks(query, key, layout, blocks, split_groups=summed or seed is not None):
@@ -196,7 +197,7 @@ def readable(work: Work, name: str, tensor: Tensor) -> Tensor:
     """Keys, or values, of a head block as they are gathered, or read in place, fastest."""
     if all(stack.in_place for stack in work.plan.stacks):
         return last_stride_1(tensor)
-    return work.scratch.by_head(name, tensor)
+    return work.scratch.contiguous(name, tensor)
 
 
 def last_stride_1(tensor: Tensor) -> Tensor:

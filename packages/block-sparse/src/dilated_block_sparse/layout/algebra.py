@@ -27,13 +27,13 @@ def offsets(counts: Tensor) -> Tensor:
     heads, rows = counts.shape
     ends = counts.flatten().cumsum(0, dtype=torch.int64)
     flat = torch.cat([ends.new_zeros(1), ends])
-    return flat[torch.arange(heads).unsqueeze(1) * rows + torch.arange(rows + 1)]
+    return flat[torch.arange(heads, device="cpu").unsqueeze(1) * rows + torch.arange(rows + 1, device="cpu")]
 
 
 def rows_of(layout: BlockLayout) -> Tensor:
     """The row of every live block, counted through the heads: ``head * q_blocks + row``, int64 (live,)."""
     counts = layout.indptr.diff(dim=1).flatten()
-    return torch.repeat_interleave(torch.arange(len(counts)), counts, output_size=layout.live)
+    return torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts, output_size=layout.live)
 
 
 def _numbers(layout: BlockLayout) -> Tensor:
@@ -97,13 +97,13 @@ def _check_sizes(name: str, layouts: Sequence[BlockLayout]) -> None:
 
 
 def _repeated(numbers: Tensor, table: int, heads: int) -> Tensor:
-    return (torch.arange(heads).unsqueeze(1) * table + numbers).flatten()
+    return (torch.arange(heads, device="cpu").unsqueeze(1) * table + numbers).flatten()
 
 
 def _among(numbers: Tensor, others: Tensor) -> Tensor:
     """Which of ``numbers`` are in ``others``, which rise."""
     if not len(others):
-        return torch.zeros(len(numbers), dtype=torch.bool)
+        return torch.zeros(len(numbers), dtype=torch.bool, device="cpu")
     return others[torch.searchsorted(others, numbers).clamp(max=len(others) - 1)] == numbers
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -63,9 +64,11 @@ class BlockLayout(Constructors):
         self.q_len = checks.length("q_len", q_len)
         self.kv_len = checks.length("kv_len", kv_len)
         self.block_size = checks.block_size(block_size)
-        self.indptr, self.indices = checks.compressed_rows(indptr, indices, self.q_blocks, self.kv_blocks)
+        with torch.inference_mode(False):  # a tensor of inference mode could not be saved for a backward
+            self.indptr, self.indices = checks.compressed_rows(indptr, indices, self.q_blocks, self.kv_blocks)
         self.heads = self.indptr.shape[0]
         self.plans: dict[Any, Any] = {}
+        _LIVING[_place(self.indptr, self.indices)] = self
 
     # -------------------------------------------------------------------------------------------- sizes
 
@@ -129,8 +132,14 @@ class BlockLayout(Constructors):
         return _unpickle, (self.indptr, self.indices, self.q_len, self.kv_len, self.block_size)
 
     def validate(self) -> BlockLayout:
-        """Check the compressed rows again, as at construction, and return self: for who has written to them."""
+        """Check the compressed rows again, as at construction, forget what was made of them, and return self.
+
+        For who has written to them: plans, key and density are otherwise those of before.
+        """
         checks.compressed_rows(self.indptr, self.indices, self.q_blocks, self.kv_blocks)
+        self.plans.clear()
+        for name in ("density", "_key", "_transposed"):
+            self.__dict__.pop(name, None)
         return self
 
     # -------------------------------------------------------------------------------------------- algebra
@@ -302,6 +311,19 @@ class BlockLayout(Constructors):
     def draw(self, path: str | Path | None = None, *, heads: Sequence[int] | None = None) -> Any:
         """Draw the blocks, one panel a head, and return matplotlib's Figure; needs the extra "plot"."""
         return picture.draw(self, path, heads=heads)
+
+
+# Layouts by where their tensors lie: an operator is given the tensors, and plans are kept with the layout. Weak.
+_LIVING: WeakValueDictionary[tuple[Any, ...], BlockLayout] = WeakValueDictionary()
+
+
+def _place(*tensors: Tensor) -> tuple[Any, ...]:
+    return tuple((tensor.data_ptr(), tensor.device, tuple(tensor.shape), tensor.stride()) for tensor in tensors)
+
+
+def living(indptr: Tensor, indices: Tensor) -> BlockLayout | None:
+    """The layout whose own tensors these are, if it lives."""
+    return _LIVING.get(_place(indptr, indices))
 
 
 def _unpickle(indptr: Tensor, indices: Tensor, q_len: int, kv_len: int, block_size: tuple[int, int]) -> BlockLayout:

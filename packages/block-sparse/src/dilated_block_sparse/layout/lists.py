@@ -44,7 +44,7 @@ def from_bsr(indptr: Tensor, indices: Tensor, q_len: int, kv_len: int, block_siz
     if columns.ndim != 1:
         raise ValueError(f"indices: expected shape (live blocks,), got {tuple(columns.shape)}")
     counts = checks.row_offsets(indptr, q_blocks, len(columns)).diff(dim=1)
-    rows = torch.repeat_interleave(torch.arange(counts.numel()), counts.flatten())
+    rows = torch.repeat_interleave(torch.arange(counts.numel(), device="cpu"), counts.flatten())
     return in_order(rows, columns, len(counts), q_len, kv_len, block)
 
 
@@ -56,7 +56,7 @@ def to_lists(layout: BlockLayout, *, device: torch.device | str | None = None) -
     """
     counts = layout.indptr.diff(dim=1)
     most = max(int(counts.max()), 1) if counts.numel() else 1
-    return counted(layout, torch.ones(layout.live, dtype=torch.bool), most, device)
+    return counted(layout, torch.ones(layout.live, dtype=torch.bool, device="cpu"), most, device)
 
 
 def from_lists(counts: Tensor, columns: Tensor, q_len: int, kv_len: int, block_size: BlockSize) -> BlockLayout:
@@ -81,8 +81,8 @@ def counted(layout: BlockLayout, kept: Tensor, width: int, device: torch.device 
     rows, columns = algebra.rows_of(layout)[kept], layout.indices[kept]
     counts = torch.bincount(rows, minlength=layout.heads * layout.q_blocks)
     starts = counts.cumsum(0) - counts
-    table = torch.zeros(layout.heads * layout.q_blocks, width, dtype=torch.int32)
-    table[rows, torch.arange(len(rows)) - starts[rows]] = columns
+    table = torch.zeros(layout.heads * layout.q_blocks, width, dtype=torch.int32, device="cpu")
+    table[rows, torch.arange(len(rows), device="cpu") - starts[rows]] = columns
     shape = (1, layout.heads, layout.q_blocks)
     return counts.to(device, torch.int32).view(shape), table.to(device).view(*shape, width)
 
@@ -98,8 +98,8 @@ def rows_and_columns(name: str, counts: Tensor, columns: Tensor) -> tuple[Tensor
     wrong = ((flat < 0) | (flat > columns.shape[-1])).nonzero()
     if len(wrong):
         raise ValueError(f"{name}: expected counts from 0 to {columns.shape[-1]}, got {int(flat[wrong[0]])}")
-    listed = torch.arange(columns.shape[-1]) < flat.unsqueeze(1)
-    return torch.repeat_interleave(torch.arange(len(flat)), flat), table[listed]
+    listed = torch.arange(columns.shape[-1], device="cpu") < flat.unsqueeze(1)
+    return torch.repeat_interleave(torch.arange(len(flat), device="cpu"), flat), table[listed]
 
 
 def in_order(

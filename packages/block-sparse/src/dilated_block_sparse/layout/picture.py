@@ -99,6 +99,6 @@ def cells(layout: BlockLayout) -> tuple[Tensor, int, int]:
     down, across = -(-layout.q_blocks // high), -(-layout.kv_blocks // wide)
     cell = algebra.rows_of(layout) // high * across + layout.indices // wide
     live = torch.bincount(cell, minlength=down * across).view(down, across)
-    in_row = (layout.q_blocks - torch.arange(down) * high).clamp(max=high)
-    in_column = (layout.kv_blocks - torch.arange(across) * wide).clamp(max=wide)
+    in_row = (layout.q_blocks - torch.arange(down, device="cpu") * high).clamp(max=high)
+    in_column = (layout.kv_blocks - torch.arange(across, device="cpu") * wide).clamp(max=wide)
     return live / (in_row.unsqueeze(1) * in_column), high * layout.block_size[0], wide * layout.block_size[1]

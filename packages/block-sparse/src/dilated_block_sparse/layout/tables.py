@@ -38,8 +38,10 @@ def from_rows(
         sorted_rows = [sorted(_columns(f"rows: row {row} of head {head}", each)) for row, each in enumerate(of_head)]
         counts.append([len(row) for row in sorted_rows])
         columns.extend(column for row in sorted_rows for column in row)
-    indptr = algebra.offsets(torch.tensor(counts, dtype=torch.int64).view(len(heads), q_blocks))
-    return block_layout.BlockLayout(indptr, torch.tensor(columns, dtype=torch.int64), q_len, kv_len, block_size=block)
+    indptr = algebra.offsets(torch.tensor(counts, dtype=torch.int64, device="cpu").view(len(heads), q_blocks))
+    return block_layout.BlockLayout(
+        indptr, torch.tensor(columns, dtype=torch.int64, device="cpu"), q_len, kv_len, block_size=block
+    )
 
 
 def _listed(name: str, entries: object) -> list[Any]:
@@ -116,6 +118,6 @@ def _bool_table(name: str, table: object, sizes: str) -> Tensor:
 
 def to_blocks(layout: BlockLayout) -> Tensor:
     """The table of blocks, bool (heads, q_blocks, kv_blocks)."""
-    table = torch.zeros(layout.heads * layout.q_blocks, layout.kv_blocks, dtype=torch.bool)
+    table = torch.zeros(layout.heads * layout.q_blocks, layout.kv_blocks, dtype=torch.bool, device="cpu")
     table[algebra.rows_of(layout), layout.indices.to(torch.int64)] = True
     return table.view(layout.heads, layout.q_blocks, layout.kv_blocks)

@@ -57,7 +57,7 @@ def _blocks(name: str, value: object, size: int) -> Tensor:
     """The indices that ``value`` stands for, rising, int64."""
     if isinstance(value, (list, tuple, range)):
         found = {checks.index(f"{name}[{place}]", entry, size) for place, entry in enumerate(value)}
-        return torch.tensor(sorted(found), dtype=torch.int64)
+        return torch.tensor(sorted(found), dtype=torch.int64, device="cpu")
     if isinstance(value, Tensor) or not hasattr(value, "__index__"):
         raise TypeError(f"{name}: expected an int or a sequence of ints, got {value!r} of type {type(value).__name__}")
-    return torch.arange(min(checks.length(name, value), size))
+    return torch.arange(min(checks.length(name, value), size), device="cpu")

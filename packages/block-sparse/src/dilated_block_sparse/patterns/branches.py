@@ -70,7 +70,7 @@ def _branch_keys(grid: Grid, length: int, rate: int, start: int | None) -> Tenso
 
 def _touched(seq_len: int, size: int, length: int, rate: int, start: int) -> tuple[Tensor, Tensor]:
     """(block, segment) of every block of ``size`` tokens that holds a position of a segment's grid, in their order."""
-    begin = torch.arange(0, seq_len, size)
+    begin = torch.arange(0, seq_len, size, device="cpu")
     end = (begin + size).clamp_(max=seq_len)
     block, which = expand((end - 1) // length - begin // length + 1)
     segment = begin[block] // length + which

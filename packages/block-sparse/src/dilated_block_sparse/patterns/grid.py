@@ -50,7 +50,7 @@ class Grid:
         height, width = self.block_size
         self.q_blocks = -(-self.seq_len // height)
         self.kv_blocks = -(-self.seq_len // width)
-        self.rows = torch.arange(self.q_blocks)
+        self.rows = torch.arange(self.q_blocks, device="cpu")
         self.first = self.rows * height // width
         self.last = ((self.rows + 1) * height).clamp(max=self.seq_len).sub_(1) // width
         self.limit = self.last + 1 if is_causal else torch.full_like(self.rows, self.kv_blocks)
@@ -79,7 +79,7 @@ class Runs(NamedTuple):
         begins = self.length.cumsum(0) - self.length
         offset = self.row * kv_blocks + self.start - begins * self.step
         total = self.blocks
-        keys = torch.arange(total).mul_(self.step)
+        keys = torch.arange(total, device="cpu").mul_(self.step)
         return keys.add_(torch.repeat_interleave(offset, self.length, output_size=total))
 
 
@@ -91,7 +91,7 @@ def expand(counts: Tensor) -> tuple[Tensor, Tensor]:
     """
     owner = torch.repeat_interleave(counts)
     begins = counts.cumsum(0) - counts
-    return owner, torch.arange(len(owner)) - begins[owner]
+    return owner, torch.arange(len(owner), device="cpu") - begins[owner]
 
 
 def union(parts: Sequence[Tensor]) -> Tensor:
@@ -105,17 +105,17 @@ def union(parts: Sequence[Tensor]) -> Tensor:
 
 def offsets(keys: Tensor, rows: int, kv_blocks: int) -> Tensor:
     """(rows + 1,): the keys of row i are keys[offsets[i] : offsets[i + 1]]."""
-    return torch.searchsorted(keys, torch.arange(rows + 1) * kv_blocks)
+    return torch.searchsorted(keys, torch.arange(rows + 1, device="cpu") * kv_blocks)
 
 
 def compress(keys: Tensor, q_blocks: int, kv_blocks: int, heads: int) -> CompressedRows:
     """Compressed rows of rising keys, in which head h has rows h * q_blocks and on."""
     bounds = offsets(keys, heads * q_blocks, kv_blocks)
-    indptr = bounds[torch.arange(heads)[:, None] * q_blocks + torch.arange(q_blocks + 1)]
+    indptr = bounds[torch.arange(heads, device="cpu")[:, None] * q_blocks + torch.arange(q_blocks + 1, device="cpu")]
     return indptr, keys.remainder(max(kv_blocks, 1)).to(torch.int32)
 
 
 def same_for_all(keys: Tensor, grid: Grid, heads: int) -> CompressedRows:
     """Compressed rows of rising keys that every head has."""
     indptr, indices = compress(keys, grid.q_blocks, grid.kv_blocks, 1)
-    return indptr + torch.arange(heads)[:, None] * len(keys), indices.repeat(heads)
+    return indptr + torch.arange(heads, device="cpu")[:, None] * len(keys), indices.repeat(heads)

@@ -136,8 +136,8 @@ def _strided(grid: Grid, wanted: float) -> Tensor:
 
 def _global_local(grid: Grid, wanted: float) -> Tensor:
     quarter = int(_per_row(grid, wanted) / 4)
-    columns = torch.arange(min(max(quarter, 1), grid.kv_blocks))
-    wide = torch.arange(min(quarter, grid.q_blocks))
+    columns = torch.arange(min(max(quarter, 1), grid.kv_blocks), device="cpu")
+    wide = torch.arange(min(quarter, grid.q_blocks), device="cpu")
 
     def count(window: int) -> int:
         runs = window_runs(grid, window)

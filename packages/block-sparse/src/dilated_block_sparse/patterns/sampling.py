@@ -96,16 +96,16 @@ def bigbird(
     # The column of rank r among the free ones is r + t, t being how many live columns come before it: those whose own
     # rank among the free, column - place, is at most r.
     within = row % max(grid.q_blocks, 1)
-    place = torch.arange(len(base)) - torch.repeat_interleave(bounds[:-1], bounds.diff())
+    place = torch.arange(len(base), device="cpu") - torch.repeat_interleave(bounds[:-1], bounds.diff())
     before = torch.searchsorted(base - place, within * grid.kv_blocks + rank, right=True) - bounds[within]
     lots = row * grid.kv_blocks + rank + before
-    shared = (base + torch.arange(heads)[:, None] * (grid.q_blocks * grid.kv_blocks)).flatten()
+    shared = (base + torch.arange(heads, device="cpu")[:, None] * (grid.q_blocks * grid.kv_blocks)).flatten()
     return compress(union([shared, lots]), grid.q_blocks, grid.kv_blocks, heads)
 
 
 def bigbird_base(grid: Grid, window: int, global_blocks: int) -> Tensor:
     """Keys of what is live without the lots."""
-    columns, wide = (torch.arange(min(global_blocks, size)) for size in (grid.kv_blocks, grid.q_blocks))
+    columns, wide = (torch.arange(min(global_blocks, size), device="cpu") for size in (grid.kv_blocks, grid.q_blocks))
     return union([window_runs(grid, window).keys(grid.kv_blocks), *global_keys(grid, columns, wide)])
 
 
@@ -133,7 +133,7 @@ def draw(available: Tensor, wanted: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         row = torch.repeat_interleave(missing)
         if not len(row):
             break
-        lots = torch.randint(LOTS, (len(row),), generator=generator) % available[row]
+        lots = torch.randint(LOTS, (len(row),), generator=generator, device="cpu") % available[row]
         keys = torch.cat([keys, lots + row * width]).sort().values.unique_consecutive()
         row = keys.div(width, rounding_mode="floor")
         missing = (target - torch.bincount(row, minlength=len(target))) * (missing > 0)
@@ -148,7 +148,7 @@ def draw(available: Tensor, wanted: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     every = torch.where(inverted, available, 0)
     begins = every.cumsum(0) - every
     owner, rank = expand(every)
-    kept = torch.ones(len(owner), dtype=torch.bool)
+    kept = torch.ones(len(owner), dtype=torch.bool, device="cpu")
     omitted = inverted[row]
     kept[begins[row[omitted]] + number[omitted]] = False
     keys = union([keys[~omitted], (owner * width + rank)[kept]])

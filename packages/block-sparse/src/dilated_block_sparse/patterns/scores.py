@@ -132,7 +132,9 @@ class _Ranked(NamedTuple):
         heads, q_blocks, _ = table.shape
         ends = table.sum(-1).flatten().cumsum(0).cpu()
         bounds = torch.cat([ends.new_zeros(1), ends])
-        indptr = bounds[torch.arange(heads)[:, None] * q_blocks + torch.arange(q_blocks + 1)]
+        indptr = bounds[
+            torch.arange(heads, device="cpu")[:, None] * q_blocks + torch.arange(q_blocks + 1, device="cpu")
+        ]
         return Choice(indptr, table.nonzero()[:, 2].to("cpu", torch.int32), self.q_len, self.kv_len)
 
 

@@ -81,7 +81,7 @@ def make_rectangles(rows: dict[int, int], cost: Cost, row_extent: Extent, key_ex
     if len(nodes) == 1:
         return [Rectangle(0, *nodes[0])]
     stride = _best_stride(rows)
-    orders = [[1]] if stride == 1 else [[1], [stride], [1, stride], [stride, 1]]
+    orders = [[1]] if stride == 1 else [[1], [1, stride], [stride, 1]]
     plans = [work.shared(nodes, order) for order in [[], *orders]]
     return min(plans, key=work.cost_of)
 
@@ -101,18 +101,15 @@ def _same_columns(rows: dict[int, int]) -> list[_Node]:
 
 
 def _best_stride(rows: dict[int, int]) -> int:
-    """The distance at which rows have the most columns in common, 1 at least."""
+    """The distance from 2 on at which rows have the most columns in common; 1 where neighbours have far more."""
     numbers = list(rows)
-    if len(numbers) < 4:
-        return 1
     sampled = numbers[:: -(-len(numbers) // SAMPLED_ROWS)]
-    strides = range(1, min(STRIDES, len(numbers) // 2) + 1)
-
-    def in_common(stride: int) -> float:
+    in_common = [0.0]
+    for stride in range(1, min(STRIDES, len(numbers) // 2) + 1):
         pairs = [(rows[row] & rows[row + stride]).bit_count() for row in sampled if row + stride in rows]
-        return sum(pairs) / max(1, len(pairs))
-
-    return max(strides, key=in_common, default=1)
+        in_common.append(sum(pairs) / max(1, len(pairs)))
+    best = max(range(2, len(in_common)), key=in_common.__getitem__, default=1)
+    return best if best > 1 and in_common[best] > 0.5 * in_common[1] else 1
 
 
 class _Work(NamedTuple):

@@ -52,10 +52,10 @@ class Axis:
 
         A stretch is one token where some are cut short, or start at no multiple of their size.
         """
-        starts = torch.tensor(self.starts[first:last])
+        starts = torch.tensor(self.starts[first:last], device="cpu")
         if self.length == starts.shape[1] * self.size and not (starts % self.size).any():
             return (starts.flatten() // self.size).to(device), self.size
-        tokens = starts.unsqueeze(-1) + torch.arange(self.size)
+        tokens = starts.unsqueeze(-1) + torch.arange(self.size, device="cpu")
         return tokens.flatten(1)[:, : self.length].flatten().to(device), 1
 
 

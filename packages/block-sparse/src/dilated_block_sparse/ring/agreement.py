@@ -13,7 +13,7 @@ from dilated_block_sparse.ring.bounds import check_layout_bounds
 from dilated_block_sparse.ring.plan import BlockSparseRingPlan
 from dilated_block_sparse.ring.rank_plan import RankPlan
 from dilated_core.resources import PatternStore
-from dilated_ring.comm import Comm, agree_with_ticket
+from dilated_ring.comm import Comm, agree_with_ticket, together
 
 
 class Call(NamedTuple):
@@ -65,12 +65,13 @@ def settle(
         return BlockSparseRingPlan(layout, bounds, kv_heads=kv_heads, is_causal=is_causal).for_rank(comm.rank)
 
     what = "dilated_block_sparse.rank_plan", bounds, kv_heads, is_causal, comm.rank
-    if patterns is not None:
-        plan: RankPlan = patterns.get_or_create((*what, layout.key()), create)
-        return plan, ticket
-    if what not in layout.plans:
-        layout.plans[what] = create()
-    plan = layout.plans[what]
+    with together(comm):  # the others have agreed, and are about to wait for this rank's keys
+        if patterns is not None:
+            plan: RankPlan = patterns.get_or_create((*what, layout.key()), create)
+            return plan, ticket
+        if what not in layout.plans:
+            layout.plans[what] = create()
+        plan = layout.plans[what]
     return plan, ticket
 
 

@@ -104,16 +104,16 @@ class BlockSparseRingPlan:
     def pieces(self) -> Pieces:
         """The blocks of keys, cut where shards end."""
         layout, columns = self.layout, self.layout.block_size[1]
-        edges = (torch.arange(layout.kv_blocks + 1) * columns).clamp(max=layout.kv_len)
-        edges = torch.cat([edges, torch.tensor(self.bounds)]).unique()
+        edges = (torch.arange(layout.kv_blocks + 1, device="cpu") * columns).clamp(max=layout.kv_len)
+        edges = torch.cat([edges, torch.tensor(self.bounds, device="cpu")]).unique()
         starts = edges[:-1]
-        owners = torch.bucketize(starts, torch.tensor(self.bounds[1:-1], dtype=torch.int64), right=True)
+        owners = torch.bucketize(starts, torch.tensor(self.bounds[1:-1], dtype=torch.int64, device="cpu"), right=True)
         return Pieces(starts, edges.diff(), starts // columns, owners)
 
     def needed(self, rank: int) -> Tensor:
         """Bool (lanes, pieces): the keys of other ranks that this one's rows keep."""
         layout, pieces = self.layout, self.pieces
-        table = torch.zeros(self.lanes, layout.kv_blocks, dtype=torch.bool)
+        table = torch.zeros(self.lanes, layout.kv_blocks, dtype=torch.bool, device="cpu")
         first, last = self.rows(rank)
         bounds = layout.indptr[:, [first, last]].tolist()
         for head, (start, stop) in enumerate(bounds):
@@ -250,7 +250,7 @@ class BlockSparseRingPlan:
     @cached_property
     def _counts(self) -> tuple[list[list[int]], list[list[int]]]:
         size, pieces = self.world_size, self.pieces
-        pairs, tokens = torch.zeros(2, size, size, dtype=torch.int64)
+        pairs, tokens = torch.zeros(2, size, size, dtype=torch.int64, device="cpu")
         for rank in range(size):
             needed = self.needed(rank)
             pairs[rank].index_add_(0, pieces.owners, needed.sum(0) * pieces.lengths)

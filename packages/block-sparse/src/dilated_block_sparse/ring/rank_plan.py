@@ -119,13 +119,13 @@ def make_rank_plan(plan: BlockSparseRingPlan, rank: int) -> RankPlan:
     needed = plan.needed(rank)
     union = needed.any(0)
     far = pieces.blocks[union].unique()
-    place = torch.zeros(layout.kv_blocks, dtype=torch.int64)
-    place[far] = torch.arange(len(far))
+    place = torch.zeros(layout.kv_blocks, dtype=torch.int64, device="cpu")
+    place[far] = torch.arange(len(far), device="cpu")
     tokens = int((layout.kv_len - far * columns).clamp(max=columns).sum())
     in_far = pieces.starts + (place[pieces.blocks] - pieces.blocks) * columns
-    present = torch.zeros(tokens, dtype=torch.bool)
+    present = torch.zeros(tokens, dtype=torch.bool, device="cpu")
     whole = _rows(union[None], in_far, pieces.lengths)
-    whole.put(present[None], torch.ones(1, whole.tokens, dtype=torch.bool))
+    whole.put(present[None], torch.ones(1, whole.tokens, dtype=torch.bool, device="cpu"))
     own = pieces.owners == rank
     nobody = torch.zeros_like(needed)
     gathered, lent = [], []
@@ -161,8 +161,8 @@ def _own_part(plan: BlockSparseRingPlan, rank: int, rows_before: int, keys_befor
     low, high = plan.bounds[rank : rank + 2]
     first, last = plan.columns(rank)
     begin = (low - keys_before) // plan.layout.block_size[1]
-    place = torch.arange(plan.layout.kv_blocks) - begin
-    kept = torch.zeros(plan.layout.kv_blocks, dtype=torch.bool)
+    place = torch.arange(plan.layout.kv_blocks, device="cpu") - begin
+    kept = torch.zeros(plan.layout.kv_blocks, dtype=torch.bool, device="cpu")
     kept[first:last] = True
     layout = _layout(plan, rank, rows_before, kept, place, high - low + keys_before)
     return None if layout is None else Part(layout, plan.is_causal)
@@ -172,7 +172,7 @@ def _far_part(
     plan: BlockSparseRingPlan, rank: int, rows_before: int, far: Tensor, place: Tensor, tokens: int
 ) -> Part | None:
     """The rank's rows against the blocks that it gets, in part or whole."""
-    kept = torch.zeros(plan.layout.kv_blocks, dtype=torch.bool)
+    kept = torch.zeros(plan.layout.kv_blocks, dtype=torch.bool, device="cpu")
     kept[far] = True
     layout = _layout(plan, rank, rows_before, kept, place, tokens)
     return None if layout is None else Part(layout, is_causal=False)
@@ -190,7 +190,7 @@ def _layout(
     chosen = kept[columns]
     if not chosen.any():
         return None
-    counts = torch.cat([torch.zeros(1, dtype=torch.int64), chosen.cumsum(0)])
+    counts = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), chosen.cumsum(0)])
     indptr = counts[sliced.indptr]
     empty = first - (low - rows_before) // rows  # blocks of nothing but rows of no meaning
     indptr = torch.cat([indptr[:, :1].expand(-1, empty), indptr], 1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dilated_core.fused import Options
 from dilated_core.resources import PatternStore
-from dilated_ring.comm import Comm, agree_with_ticket
+from dilated_ring.comm import Comm, agree_with_ticket, together
 from dilated_ring.plan import RankPlan, make_plan
 
 
@@ -55,9 +55,10 @@ def settle(
     """
     bounds, ticket = agree_on(comm, call, query, key, phase)
     what = *call.options[:4], bounds, query.shape[2], key.shape[2], call.exchange, comm.rank
-    if patterns is None:
-        return rank_plan(*what), ticket
-    plan: RankPlan = patterns.get_or_create(("dilated_ring.rank_plan", *what), lambda: rank_plan.__wrapped__(*what))
+    with together(comm):  # the others have agreed, and are about to wait for this rank's rows
+        if patterns is None:
+            return rank_plan(*what), ticket
+        plan: RankPlan = patterns.get_or_create(("dilated_ring.rank_plan", *what), lambda: rank_plan.__wrapped__(*what))
     return plan, ticket
 
 
