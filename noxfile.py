@@ -60,6 +60,12 @@ class Package(NamedTuple):
         return sorted(".".join(path.parts).removesuffix(".__init__") for path in paths)
 
     @property
+    def workers(self) -> list[str]:
+        """How pytest spreads the package's tests over processes: [tool.house] workers, none by default."""
+        workers = self.metadata["tool"].get("house", {}).get("workers")
+        return [] if workers is None else [f"--numprocesses={workers}", "--dist=loadfile"]
+
+    @property
     def rooms(self) -> dict[str, str]:
         """Modules that need an extra to be imported, with that extra: [tool.house.rooms] in its pyproject.toml."""
         rooms: dict[str, str] = self.metadata["tool"].get("house", {}).get("rooms", {})
@@ -226,7 +232,7 @@ def tests(session: nox.Session, package: Package) -> None:
         install(session, f"{package.name}[{extra}]", constraints=constraints)
         session.run("python", "-I", "-c", import_each, *in_room[room])
     install(session, *group("test", package), constraints=constraints)
-    pytest(session, package.folder.name, "-m", "not (gpu or fuzz)", str(package.folder / "tests"))
+    pytest(session, package.folder.name, *package.workers, "-m", "not (gpu or fuzz)", str(package.folder / "tests"))
 
 
 @nox.session

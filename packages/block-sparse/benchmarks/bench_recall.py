@@ -37,7 +37,7 @@ from dilated_block_sparse.adaptive import (
     select_blocks,
 )
 from dilated_block_sparse.layout import BlockLayout
-from dilated_core import attend, measure
+from dilated_core import AuxRequest, attend, measure
 from dilated_factory import LongNetLM
 from dilated_factory.demo.corpus import load_corpus
 from dilated_factory.demo.settings import FULL
@@ -236,7 +236,9 @@ def weigh(each: Activations, scorer: BlockScorer, block_size: int, seed: int) ->
         for budget in budgets:
             kept = select(name, scores, tokens, block_size, budget)
             layout = BlockLayout.from_blocks(kept[0].cpu(), tokens, tokens, block_size=block_size)
-            out, lse = attend_layout(each.query, each.key, each.value, layout, is_causal=True)
+            asked = AuxRequest(lse=True)
+            out, aux = attend_layout(each.query, each.key, each.value, layout, is_causal=True, return_aux=asked)
+            lse = aux.lse
             recall = Recall((lse - dense.lse).exp())
             difference = float((recall.mean - weighted(masses, kept, tokens, block_size)).abs().max())
             if not difference <= TOLERANCE[torch.float32]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -199,6 +200,41 @@ def test_chosen_by_the_first_row_nothing_after_a_row_changes_it(
     place = 1 + seed % (length - 1)
     changed = [torch.cat([a[:, :place], 3.0 * b[:, place:]], 1) for a, b in zip(now, later, strict=True)]
     assert deviation(attention(*changed)[:, :place], attention(*now)[:, :place]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("block_size", [(16, 16), (32, 16), (16, 32), (24, 16)])
+@pytest.mark.parametrize("choice", [{"keep": 2}, {"keep": 0.4}, {"mass": 0.7}], ids=str)
+def test_chosen_by_the_first_row_a_prefix_gives_what_the_whole_gives(
+    block_size: tuple[int, int], choice: dict[str, Any]
+) -> None:
+    query, key, value = tensors(96, 96, batch=1)
+    options = {"query_pool": "first", "is_causal": True, "sink": 0, "window": None, "enable_gqa": True}
+    attention = BlockSparseAdaptiveAttention(block_size, **choice, **options)
+    whole = attention(query, key, value)
+    for tokens in (1, 17, 40, 64, 81):
+        prefix = attention(query[:, :tokens], key[:, :tokens], value[:, :tokens])
+        assert deviation(prefix, whole[:, :tokens]) < TOLERANCE
+    mask = torch.arange(96).unsqueeze(0) < 40
+    masked = attention(query, key, value, key_padding_mask=mask)
+    assert deviation(masked[:, :40], whole[:, :40]) < TOLERANCE
+
+
+def test_the_first_row_that_is_no_padding_has_the_say() -> None:
+    query, key, _ = tensors(32, 32)
+    rows = (torch.arange(32) >= 5).expand(2, -1)
+    padded = query.masked_fill(~rows[..., None, None], math.nan)
+    options = {"block_size": 16, "query_pool": "first", "enable_gqa": True}
+    scores = block_scores(padded, key, query_padding_mask=rows, **options)
+    assert torch.equal(scores[:, :, 1], block_scores(query, key, **options)[:, :, 1])
+    assert torch.equal(scores[:, :, 0], block_scores(query.roll(-5, 1), key, **options)[:, :, 0])
+
+
+def test_a_mask_that_does_not_fit_a_folded_layout_is_refused() -> None:
+    query, key, value = tensors(32, 32)
+    with pytest.raises(ValueError, match="key_padding_mask"):
+        attend_layout(
+            query, key, value, BlockLayout.full(32, heads=8), enable_gqa=True, key_padding_mask=padding(3, 32)
+        )
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -467,6 +467,31 @@ class Failing:
         return torch.empty(size, dtype=dtype, device=device)
 
 
+class Forgetful:
+    """A store that fails on one rank when a plan is to be made."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def get_or_create(self, key: Hashable, create: Callable[[], object]) -> object:
+        if self.rank == 1:
+            raise MemoryError("no room for a plan")
+        return create()
+
+
+def test_a_rank_that_fails_to_plan_lets_the_others_go() -> None:
+    def work(comm: Comm) -> str:
+        query, key, value, _ = (tensor[:, MIXED.shard(comm.rank)] for tensor in MIXED.problem(FLOAT64))
+        options = {"group": comm, "patterns": Forgetful(comm.rank), **MIXED.options()}
+        try:
+            block_sparse_ring_attention(query, key, value, replace(MIXED, kind="full").layout(), **options)
+        except (MemoryError, PeerError) as error:
+            return type(error).__name__
+        return "nothing"
+
+    assert run_ranks(3, work) == ["PeerError", "MemoryError", "PeerError"]
+
+
 def test_a_rank_that_fails_in_the_midst_lets_the_others_go() -> None:
     def work(comm: Comm) -> str:
         query, key, value, _ = (tensor[:, MIXED.shard(comm.rank)] for tensor in MIXED.problem(FLOAT64))

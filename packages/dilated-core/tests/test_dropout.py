@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dilated_core import AuxRequest, DilatedAttention, MultiheadDilatedAttention, attend, dilated_attention
+from dilated_core.kernels import Dropout, Problem
+from dilated_core.kernels.math import Math
 from dilated_core.plan import SEMANTICS
 
 CASE = MIXED_CASES[0]
@@ -287,3 +289,16 @@ def test_torch_func_says_that_it_cannot_map_over_dropout() -> None:
         torch.func.vmap(lambda *qkv: dilated_attention(*qkv, [4], [1], dropout_p=0.5), randomness="different")(
             query, key, value
         )
+
+
+def test_all_bits_of_a_seed_count() -> None:
+    """A generator on the CPU reads 32 of them."""
+    query = torch.ones(1, 1, 4, 8)
+    value = torch.randn(1, 1, 64, 8)
+    plain = Problem(query, torch.ones_like(value), value, False, 1.0)
+    outs = [
+        Math().forward(plain._replace(dropout=Dropout(0.5, 7 + (place << shift))))[0]
+        for shift in (20, 40)
+        for place in (1, 2, 3, 1 << 14)
+    ]
+    assert len(torch.stack(outs).flatten(1).unique(dim=0)) == len(outs)

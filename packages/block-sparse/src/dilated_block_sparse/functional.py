@@ -100,7 +100,8 @@ def block_sparse_attention(
         scale: factor on the scores, 1 / sqrt(head_dim) by default.
         dropout_p: probability in [0, 1) that an attention weight is dropped (the rest divided by 1 - dropout_p).
             Applied whenever it is above 0: pass 0.0 when not training. Only the "math" kernel drops.
-        generator: a CPU generator that the dropout's seed is drawn from; the global one by default.
+        generator: a CPU generator that the dropout's seed is drawn from; the global one by default, which alone
+            ``torch.utils.checkpoint`` sets back.
         key_padding_mask: (batch, kv_len), bool, True where the key is real (SDPA's sense). What padding holds, even
             NaN, has no influence; its own rows attend like any other.
         enable_gqa: whether query heads may share key heads.
@@ -112,8 +113,8 @@ def block_sparse_attention(
         kernel: of "tiles": a name from ``dilated_core.kernels.table()``, or "auto" for the first that can run.
         allocator: where results and buffers are allocated; torch.empty by default. What a kernel allocates stays its
             own.
-        patterns: where plans are kept between calls, beside the layout itself. Neither it nor ``allocator`` is used
-            while PyTorch traces (compile, export), nor by "flex".
+        patterns: where plans are kept between calls, instead of with the layout itself. Neither it nor ``allocator``
+            is used while PyTorch traces (compile, export), nor by "flex".
         return_aux: ``AuxRequest(lse=True)`` to have the lse too.
 
     Returns:

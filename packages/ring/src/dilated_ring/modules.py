@@ -7,16 +7,12 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_core import Allocator, DilatedAttention, DilatedKVCache, MultiheadDilatedAttention, PatternStore, checks
-from dilated_ring.comm import Comm, agree, comm_of, refuse
+from dilated_ring.comm import Comm, Group, HeldGroup, agree, comm_of, refuse
 from dilated_ring.dilated.functional import dilated_ring_attention
 from dilated_ring.plan import check_bounds
 from dilated_ring.plan.ring_plan import check_exchange
-
-Group = ProcessGroup | DeviceMesh | Comm | None
 
 
 class RingDilatedAttention(DilatedAttention):
@@ -80,7 +76,7 @@ class RingDilatedAttention(DilatedAttention):
         )
         # The default group may be initialised after the module is made.
         size = None if group is None else comm_of(group).size
-        self._held = _Held(group)
+        self._held = HeldGroup(group)
         self.bounds = None if bounds is None else check_bounds(bounds, size)
         check_exchange(exchange, self.pattern.branches)
         self.exchange = exchange
@@ -318,24 +314,3 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
             raise ValueError("bounds: expected positions under torch.compile where there is a rotary, got None")
         fields = {"function": "RingMultiheadDilatedAttention", "phase": "positions"}
         return 0, *accumulate(agree(comm, fields, length))
-
-
-class _Held:
-    """A group: shared by copies of what holds it, and refused by pickle with the reason."""
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
-
-    def __deepcopy__(self, memo: object) -> _Held:
-        return self
-
-    def __getstate__(self) -> dict[str, None]:
-        if self.group is not None:
-            raise TypeError(
-                f"group: expected None, the default group, where a module is pickled, got a "
-                f"{type(self.group).__name__}, which lives in this process (save the state dict instead)"
-            )
-        return {"group": None}
-
-    def __str__(self) -> str:
-        return "default" if self.group is None else type(self.group).__name__

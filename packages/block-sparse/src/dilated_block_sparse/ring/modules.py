@@ -7,8 +7,6 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_block_sparse.layout import BlockLayout
 from dilated_block_sparse.modules import BlockSparseAttention, BlockSparseMultiheadAttention
@@ -16,10 +14,8 @@ from dilated_block_sparse.pattern import LayoutLike
 from dilated_block_sparse.ring.bounds import check_layout_bounds
 from dilated_block_sparse.ring.functional import block_sparse_ring_attention
 from dilated_core import Allocator, PatternStore, checks
-from dilated_ring.comm import Comm, agree, comm_of, refuse
+from dilated_ring.comm import Comm, Group, HeldGroup, agree, comm_of, refuse
 from dilated_ring.plan import check_bounds
-
-Group = ProcessGroup | DeviceMesh | Comm | None
 
 
 class BlockSparseRingAttention(BlockSparseAttention):
@@ -80,7 +76,7 @@ class BlockSparseRingAttention(BlockSparseAttention):
         )
         # The default group may be initialised after the module is made.
         size = None if group is None else comm_of(group).size
-        self._held = _Held(group)
+        self._held = HeldGroup(group)
         self.bounds = None if bounds is None else _check_bounds(layout, bounds, size)
         self.refetch = checks.boolean("refetch", refetch)
         self.verify = checks.boolean("verify", verify)
@@ -318,24 +314,3 @@ def _length_of(query: object) -> int:
     if query.ndim != 4:
         raise ValueError(f"query: expected 4 dimensions (batch, seq, heads, head_dim), got shape {tuple(query.shape)}")
     return query.shape[1]
-
-
-class _Held:
-    """A group: shared by copies of what holds it, and refused by pickle with the reason."""
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
-
-    def __deepcopy__(self, memo: object) -> _Held:
-        return self
-
-    def __getstate__(self) -> dict[str, None]:
-        if self.group is not None:
-            raise TypeError(
-                f"group: expected None, the default group, where a module is pickled, got a "
-                f"{type(self.group).__name__}, which lives in this process (save the state dict instead)"
-            )
-        return {"group": None}
-
-    def __str__(self) -> str:
-        return "default" if self.group is None else type(self.group).__name__
