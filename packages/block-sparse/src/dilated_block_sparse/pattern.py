@@ -25,8 +25,8 @@ class Pattern:
     ``first | second`` is the pattern of the blocks that live in either.
 
     Args:
-        name: "local", "dilated", "global_", "strided", "random", "bigbird", "longnet", "hierarchical", ...; with
-            ``sparsity_ratio``, a name that ``BlockLayout.named`` takes.
+        name: ``local``, ``dilated``, ``global_``, ``strided``, ``random``, ``bigbird``, ``longnet``, ``hierarchical``,
+            ...; with ``sparsity_ratio``, a name that ``BlockLayout.named`` takes.
         options: of the constructor, by keyword: ``window=``, ``seed=``, ``block_size=``, ``heads=``, ...
 
     Raises:
