@@ -126,12 +126,17 @@ def _cuda_refusal(query: Tensor, layout: BlockLayout, is_causal: bool, has_mask:
         return f"on a GPU it needs blocks of multiples of {CUDA_BLOCK} tokens, not {block_size}"
     if head_dim < CUDA_HEAD_DIM:
         return f"on a GPU it needs a head_dim of at least {CUDA_HEAD_DIM}, not {head_dim}"
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "on a GPU it needs triton, which is not installed"
     tables = _key(layout, query.device, query.shape[2], is_causal, has_mask)
     if torch.compiler.is_compiling() and tables not in layout.plans:
         return "inside torch.compile its tables must lie ready: attend once outside, or call flex.tables_of before"
     return None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def attend(

@@ -135,8 +135,7 @@ def block_sparse_attention(
     checks.choice("backend", backend, BACKENDS)
     checks.kernel(kernel)
     dropout_p = checks.probability("dropout_p", dropout_p)
-    if return_aux is not None and not isinstance(return_aux, AuxRequest):
-        raise TypeError(f"return_aux: expected an AuxRequest or None, got {type(return_aux).__name__}")
+    with_lse = checks.asks_for_lse(return_aux)
     resources = checks.resources(allocator, patterns)
     query, key, value = checks.autocast(query, key, value)
     if isinstance(block_bias, Tensor):
@@ -146,7 +145,6 @@ def block_sparse_attention(
     real = checks.key_padding_mask(key_padding_mask, key)
     bias = _block_bias(block_bias, layout, query)
     query, factor = checks.query_and_scale(query, scale)
-    with_lse = return_aux is not None and return_aux.lse
     if _takes_flex(backend, query, key, value, layout, is_causal, real, dropout_p, bias, kernel, with_lse):
         out, lse = flex.attend(query, key, value, real, layout, is_causal=is_causal, scale=factor, with_lse=with_lse)
     else:
@@ -172,11 +170,15 @@ def check_layout(layout: object, query: Tensor, key: Tensor) -> BlockLayout:
         raise ValueError(
             f"layout: expected (q_len, kv_len) = {lengths} as query and key have, got {(layout.q_len, layout.kv_len)}"
         )
-    heads, kv_heads = query.shape[2], key.shape[2]
+    check_heads(layout, query.shape[2], key.shape[2])
+    return layout
+
+
+def check_heads(layout: BlockLayout, heads: int, kv_heads: int) -> None:
+    """Raise ValueError unless the layout has 1 head, or as many as key or query has."""
     if layout.heads not in (1, kv_heads, heads):
         accepted = " or ".join(str(count) for count in sorted({1, kv_heads, heads}))
         raise ValueError(f"layout: expected {accepted} heads for query's {heads}, got {layout.heads}")
-    return layout
 
 
 def _block_bias(bias: object, layout: BlockLayout, query: Tensor) -> Tensor | None:

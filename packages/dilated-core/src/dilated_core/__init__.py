@@ -2,8 +2,9 @@
 
 from dilated_core import kernels, measure, reference
 from dilated_core.attend import attend
+from dilated_core.auxiliary import AuxOutput, AuxRequest
 from dilated_core.decode import DilatedKVCache, decode_step
-from dilated_core.functional import AuxOutput, AuxRequest, dilated_attention
+from dilated_core.functional import dilated_attention
 from dilated_core.maps import AttentionMap, attention_map
 from dilated_core.modules import DilatedAttention, MultiheadDilatedAttention
 from dilated_core.partial import Partial, merge

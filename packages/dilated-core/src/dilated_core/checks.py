@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from dilated_core.auxiliary import AuxRequest
 from dilated_core.kernels import table
 from dilated_core.plan import SEMANTICS
 from dilated_core.resources import NO_RESOURCES, Allocator, PatternStore, Resources
@@ -201,6 +202,13 @@ def query_key_value(
         if kv_heads == 0 or heads % kv_heads:
             raise ValueError(f"key: expected kv_heads that divide the {heads} heads of query, got {kv_heads}")
     return query, key, value
+
+
+def asks_for_lse(return_aux: object) -> bool:
+    """Whether the lse is to be returned beside the output. Raises TypeError where it is no AuxRequest, nor None."""
+    if return_aux is not None and not isinstance(return_aux, AuxRequest):
+        raise TypeError(f"return_aux: expected an AuxRequest or None, got {type(return_aux).__name__}")
+    return return_aux is not None and return_aux.lse
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

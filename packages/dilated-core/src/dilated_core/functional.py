@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import overload
 
 import torch
@@ -11,33 +10,11 @@ from torch import Tensor
 
 from dilated_core import checks
 from dilated_core.attend import dropout_seed
+from dilated_core.auxiliary import AuxOutput, AuxRequest
 from dilated_core.composed import composed_attention
 from dilated_core.fused import Extras, Options
 from dilated_core.operators import fused_attention
 from dilated_core.resources import Allocator, PatternStore
-
-
-@dataclass(frozen=True)
-class AuxRequest:
-    """What to return beside the output.
-
-    Attributes:
-        lse: the natural log of each row's softmax denominator.
-    """
-
-    lse: bool = False
-
-
-@dataclass(frozen=True)
-class AuxOutput:
-    """What was asked for beside the output; None where it was not.
-
-    Attributes:
-        lse: (batch, heads, seq), float32 (float64 for float64), -inf in a row with no key; differentiable. With
-            dropout, that of all weights before any is dropped. With "torchscale", zero keys included.
-    """
-
-    lse: Tensor | None = None
 
 
 @overload
@@ -164,8 +141,7 @@ def dilated_attention(
     checks.semantics(semantics)
     checks.kernel(kernel)
     dropout_p = checks.probability("dropout_p", dropout_p)
-    if return_aux is not None and not isinstance(return_aux, AuxRequest):
-        raise TypeError(f"return_aux: expected an AuxRequest or None, got {type(return_aux).__name__}")
+    with_lse = checks.asks_for_lse(return_aux)
     lengths, rates = checks.branches(segment_lengths, dilation_rates)
     resources = checks.resources(allocator, patterns)
     query, key, value = checks.autocast(query, key, value)
@@ -183,4 +159,4 @@ def dilated_attention(
         out = out / len(rates)
     if return_aux is None:
         return out
-    return out, AuxOutput(lse=lse if return_aux.lse else None)
+    return out, AuxOutput(lse=lse if with_lse else None)

@@ -54,7 +54,7 @@ def backward(
     grad_bias = None if extras.bias is None else torch.zeros_like(extras.bias, dtype=dtype)
     if query.numel() == 0 or key.numel() == 0:
         none = None if extras.bias is None else torch.zeros_like(extras.bias)
-        return Gradients(*(grad.zero_() for grad in grads), none)  # type: ignore[call-arg]
+        return Gradients(grads[0].zero_(), grads[1].zero_(), grads[2].zero_(), none)
     by_query = [last_stride_1(tensor) for tensor in (query, grad_out, out)]
     by_query += [rows.transpose(1, 2) for rows in rows_for_backward(lse, grad_lse) if rows is not None]
     summed: slice | None = None  # the key heads that the sums are of
@@ -105,6 +105,6 @@ def _add_gradients(
         call.rows.add(totals[0], work.as_rows(call, grads[0][..., :head_dim], heads))
         for total, grad in zip(totals[1:], grads[1:], strict=True):
             call.keys.add(total, work.as_keys(call, grad[..., :head_dim], heads))
-        if grad_bias is not None:
+        if grad_bias is not None and work.bias is not None:
             of_keys = bias_gradient(grads[1], head_dim, call.keys.count, work.options.scale).to(grad_bias.dtype)
-            grad_bias.index_add_(0, work.bias_positions(call).flatten().to(of_keys.device), of_keys.flatten())
+            grad_bias.index_add_(0, work.bias_positions(work.bias, call).flatten(), of_keys.flatten())

@@ -8,27 +8,43 @@ block's keys, over scale * p.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dilated_block_sparse.engine.gather import Place
-from dilated_block_sparse.layout import BlockLayout
+from dilated_block_sparse.layout import BlockLayout, algebra
 from dilated_core.kernels import Problem
+from dilated_core.partial import accumulation_dtype
 
 # Head dimensions stay multiples of 8 for the CUDA kernels.
 COLUMNS = 8
 
 
-def positions(layout: BlockLayout, head: int, rows: Place, keys: Place) -> Tensor:
-    """Where the bias of each key lies, (rectangles, keys), int64, CPU; a rectangle has one block of rows."""
-    row_size, column_size = layout.block_size
-    starts = layout.indptr[head]
-    own = layout.indices[int(starts[0]) : int(starts[-1])]
-    live = torch.arange(layout.q_blocks, device="cpu").repeat_interleave(starts.diff()) * layout.kv_blocks + own
-    wanted = rows.tokens()[:, :1] // row_size * layout.kv_blocks + keys.tokens() // column_size
-    return starts[0] + torch.searchsorted(live, wanted)
+class BlockBias(NamedTuple):
+    """A bias and where each block's lies in it.
+
+    Attributes:
+        values: (live blocks,), float32 or float64, on the device of the attention.
+        numbers: (live blocks,), int64, CPU: the blocks' numbers, which rise, see ``layout.algebra``.
+    """
+
+    values: Tensor
+    numbers: Tensor
+
+    @classmethod
+    def of(cls, bias: Tensor, layout: BlockLayout) -> BlockBias:
+        """Of a layout's live blocks."""
+        return cls(bias.to(accumulation_dtype(bias.dtype)), algebra.numbers(layout))
+
+    def positions(self, layout: BlockLayout, head: int, rows: Place, keys: Place) -> Tensor:
+        """Where the bias of each key lies, (rectangles, keys), int64; a rectangle has one block of rows."""
+        row_size, column_size = layout.block_size
+        row = head * layout.q_blocks + rows.tokens()[:, :1] // row_size
+        wanted = row * layout.kv_blocks + keys.tokens() // column_size
+        return torch.searchsorted(self.numbers, wanted).to(self.values.device)
 
 
 def with_bias(problem: Problem, bias: Tensor) -> Problem:

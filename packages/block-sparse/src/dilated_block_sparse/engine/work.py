@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dilated_block_sparse.engine.bias import positions, with_bias
+from dilated_block_sparse.engine.bias import BlockBias, with_bias
 from dilated_block_sparse.engine.gather import Place, Scratch, budget
 from dilated_block_sparse.engine.heads import HeadBlock, head_blocks
 from dilated_block_sparse.layout import BlockLayout
@@ -78,6 +78,7 @@ class Work:
     layout: BlockLayout
     options: Options
     extras: Extras
+    bias: BlockBias | None
     scratch: Scratch
     seed: int | None
 
@@ -121,14 +122,13 @@ class Work:
             dropout = Dropout(self.options.dropout_p, (self.seed + call.number) % 2**63)
         is_causal, scale = call.stack.is_causal, self.options.scale
         problem = make_problem(q, k, v, real, is_causal=is_causal, scale=scale, dropout=dropout)
-        if problem is None or self.extras.bias is None:
+        if problem is None or self.bias is None:
             return problem
-        bias = self.extras.bias.to(accumulation_dtype(self.extras.bias.dtype))
-        return with_bias(problem, bias[self.bias_positions(call).to(bias.device)])
+        return with_bias(problem, self.bias.values[self.bias_positions(self.bias, call)])
 
-    def bias_positions(self, call: Call) -> Tensor:
+    def bias_positions(self, bias: BlockBias, call: Call) -> Tensor:
         """Where the bias of each key lies, (rectangles, keys)."""
-        return positions(self.layout, self.block.layout_head, call.rows, call.keys)
+        return bias.positions(self.layout, self.block.layout_head, call.rows, call.keys)
 
     def query_rows(self, name: str, call: Call, tensor: Tensor) -> Tensor:
         """(batch * rectangles, heads, rows, ...) of a tensor that goes with the query, (batch, q_len, heads, ...)."""
@@ -182,6 +182,7 @@ def work_of(
     plan = plan_of(
         layout, resources.patterns, is_causal=options.is_causal, half=half, by_row_block=extras.bias is not None
     )
+    bias = None if extras.bias is None else BlockBias.of(extras.bias, layout)
     scratch = Scratch(resources, query.device)
     seed = None if extras.seed is None else int(extras.seed)
     summed = half and (sums or not all(head.once for head in plan))
@@ -190,7 +191,7 @@ def work_of(
         blocks = query.shape[2]
     for block in head_blocks(query, key, layout, blocks, split_groups=summed or seed is not None):
         apart = None if seed is None else seed + (block.queries.start << 40)
-        yield Work(block, plan[block.layout_head], layout, options, extras, scratch, apart)
+        yield Work(block, plan[block.layout_head], layout, options, extras, bias, scratch, apart)
 
 
 def readable(work: Work, name: str, tensor: Tensor) -> Tensor:

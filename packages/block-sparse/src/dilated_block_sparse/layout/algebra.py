@@ -36,7 +36,8 @@ def rows_of(layout: BlockLayout) -> Tensor:
     return torch.repeat_interleave(torch.arange(len(counts), device="cpu"), counts, output_size=layout.live)
 
 
-def _numbers(layout: BlockLayout) -> Tensor:
+def numbers(layout: BlockLayout) -> Tensor:
+    """The number of every live block, rising, int64 (live,)."""
     return rows_of(layout) * layout.kv_blocks + layout.indices
 
 
@@ -82,8 +83,8 @@ def _pair(name: str, first: BlockLayout, second: BlockLayout) -> tuple[Tensor, T
                 f"{name}: expected layouts of the same heads, or one of 1, got {first.heads} and {second.heads} heads"
             )
     one, two = (
-        numbers if layout.heads == heads else _repeated(numbers, layout.q_blocks * layout.kv_blocks, heads)
-        for layout, numbers in ((first, _numbers(first)), (second, _numbers(second)))
+        found if layout.heads == heads else _repeated(found, layout.q_blocks * layout.kv_blocks, heads)
+        for layout, found in ((first, numbers(first)), (second, numbers(second)))
     )
     return one, two, heads
 
@@ -117,7 +118,7 @@ def causal(layout: BlockLayout) -> BlockLayout:
 
 
 def _kept(layout: BlockLayout, kept: Tensor) -> BlockLayout:
-    return _from_numbers(_numbers(layout)[kept], layout.q_len, layout.kv_len, layout.block_size, layout.heads)
+    return _from_numbers(numbers(layout)[kept], layout.q_len, layout.kv_len, layout.block_size, layout.heads)
 
 
 # ------------------------------------------------------------------------------------------------ other layouts

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_block_sparse.engine import Options
+from dilated_block_sparse.functional import check_heads
 from dilated_block_sparse.layout import BlockLayout
 from dilated_block_sparse.ring.agreement import Call
 from dilated_block_sparse.ring.bounds import check_layout_bounds, sequence_length
@@ -135,8 +136,7 @@ def block_sparse_ring_attention(
         checks.boolean("refetch", refetch)
         checks.boolean("verify", verify)
         checks.kernel(kernel)
-        if return_aux is not None and not isinstance(return_aux, AuxRequest):
-            raise TypeError(f"return_aux: expected an AuxRequest or None, got {type(return_aux).__name__}")
+        with_lse = checks.asks_for_lse(return_aux)
         resources = checks.resources(allocator, patterns)
         query, key, value = checks.autocast(query, key, value)
         query, key, value = checks.query_key_value(query, key, value, same_length=True, enable_gqa=enable_gqa)
@@ -153,7 +153,6 @@ def block_sparse_ring_attention(
         raise
     options = Options(is_causal, scale, 0.0, kernel)
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
-    with_lse = return_aux is not None and return_aux.lse
     call = Call(
         layout,
         options,
@@ -177,10 +176,7 @@ def _check_layout(layout: BlockLayout, heads: int, kv_heads: int) -> None:
     if not isinstance(layout, BlockLayout):
         raise TypeError(f"layout: expected a BlockLayout, got {type(layout).__name__}")
     sequence_length(layout)
-    if layout.heads not in (1, kv_heads, heads):
-        raise ValueError(
-            f"layout: expected heads 1, those of key, {kv_heads}, or of query, {heads}, got {layout.heads}"
-        )
+    check_heads(layout, heads, kv_heads)
 
 
 def _own_bounds(layout: BlockLayout, bounds: Sequence[int], comm: Comm, length: int) -> tuple[int, ...]:

@@ -152,8 +152,7 @@ def ring_attention(
         chunks = 1 if ring_size is None else checks.positive_integer("ring_size", ring_size)
         if mode == "all_to_all":
             team = _exchanging_heads(team)
-        if return_aux is not None and not isinstance(return_aux, AuxRequest):
-            raise TypeError(f"return_aux: expected an AuxRequest or None, got {type(return_aux).__name__}")
+        with_lse = checks.asks_for_lse(return_aux)
         resources = checks.resources(allocator, None)
         query, key, value = checks.autocast(query, key, value)
         query, key, value = checks.query_key_value(query, key, value, same_length=True, enable_gqa=enable_gqa)
@@ -167,13 +166,12 @@ def ring_attention(
         if (bounds is None or verify is not False) and not torch.compiler.is_compiling():
             team.refuse(error)  # the others are about to agree, and would wait
         raise
-    with_lse = return_aux is not None and return_aux.lse
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     call = Call(is_causal, asked, factor, mode, balance, positions, chunks, verify, with_lse, differentiable, kernel)
     out, lse = ring_attention_function(Inputs(query, key, value, real), team, call, resources)
     if return_aux is None:
         return out
-    return out, AuxOutput(lse=lse if return_aux.lse else None)
+    return out, AuxOutput(lse=lse if with_lse else None)
 
 
 def _exchanging_heads(team: Team) -> Team:

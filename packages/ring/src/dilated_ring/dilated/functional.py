@@ -157,8 +157,7 @@ def dilated_ring_attention(
         checks.semantics(semantics)
         checks.kernel(kernel)
         dropout_p = checks.probability("dropout_p", dropout_p)
-        if return_aux is not None and not isinstance(return_aux, AuxRequest):
-            raise TypeError(f"return_aux: expected an AuxRequest or None, got {type(return_aux).__name__}")
+        with_lse = checks.asks_for_lse(return_aux)
         lengths, rates = checks.branches(segment_lengths, dilation_rates)
         exchanges = check_exchange(exchange, len(rates))
         resources = checks.resources(allocator, patterns)
@@ -179,7 +178,6 @@ def dilated_ring_attention(
     options = Options(lengths, rates, semantics, is_causal, scale, dropout_p, kernel)
     differentiable = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
     keep = differentiable and not refetch
-    with_lse = return_aux is not None and return_aux.lse
     call = Call(options, bounds, exchanges, verify, real is not None, with_lse, signed_scale, keep, differentiable)
     out, lse = ring_attention_function(query, key, value, Extras(real, seed), comm, call, resources)
     if semantics == "grouped":

@@ -114,8 +114,7 @@ def streamed_attention(
     checks.boolean("enable_gqa", enable_gqa)
     checks.kernel(kernel)
     ring_size = checks.positive_integer("ring_size", ring_size)
-    if return_aux is not None and not isinstance(return_aux, AuxRequest):
-        raise TypeError(f"return_aux: expected an AuxRequest or None, got {type(return_aux).__name__}")
+    with_lse = checks.asks_for_lse(return_aux)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress: expected a callable or None, got {type(progress).__name__}")
     resources = checks.resources(allocator, None)
@@ -129,7 +128,7 @@ def streamed_attention(
     out, lse = _Function.apply(query, key, value, key_padding_mask, options)  # type: ignore[no-untyped-call]
     if return_aux is None:
         return out
-    return out, AuxOutput(lse=lse if return_aux.lse else None)
+    return out, AuxOutput(lse=lse if with_lse else None)
 
 
 def _query(query: object) -> Tensor:
