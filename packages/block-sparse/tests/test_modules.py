@@ -416,7 +416,7 @@ def test_bad_options_are_named(options: dict[str, Any], error: type[Exception], 
 def test_bad_calls_are_named() -> None:
     module, tokens = make(), torch.randn(1, 9, WIDTH, dtype=torch.float64)
     for arguments, message in (
-        ({"attn_mask": torch.zeros(9, 9)}, "attn_mask: expected None, a layout takes no further mask"),
+        ({"attn_mask": torch.zeros(9, 9)}, "attn_mask: expected None, there is no further mask"),
         ({"need_weights": True}, "need_weights: expected False"),
         ({"key": torch.randn(1, 9, WIDTH + 1)}, "key: expected shape"),
     ):
@@ -431,8 +431,7 @@ def test_bad_calls_are_named() -> None:
 
 
 def test_there_is_no_cache_to_decode_with() -> None:
-    with pytest.raises(NotImplementedError, match="not decoded token by token"):
-        make().new_cache(1)
+    assert not hasattr(make(), "new_cache")
 
 
 # ------------------------------------------------------------------------------------------- living in PyTorch

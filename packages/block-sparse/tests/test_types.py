@@ -17,7 +17,7 @@ from dilated_block_sparse.functional import block_sparse_attention
 from dilated_block_sparse.layout import BlockLayout
 from dilated_block_sparse.modules import BlockSparseAttention, BlockSparseMultiheadAttention
 from dilated_block_sparse.pattern import Pattern
-from dilated_factory import create_dilated_attention, create_multihead_dilated_attention, registry
+from dilated_factory import LongNetLM, create_dilated_attention, create_multihead_dilated_attention, registry
 from dilated_pattern_cache import PatternCache
 from dilated_ring.comm import Comm, run_ranks
 
@@ -134,6 +134,15 @@ def test_a_mistake_is_named(
 ) -> None:
     with pytest.raises(error, match=message):
         create(form, "block_sparse", *branches, **options)
+
+
+def test_a_language_model_of_blocks_generates_what_it_predicts() -> None:
+    """Without a cache: the whole text is attended for every token."""
+    model = LongNetLM(32, 16, 2, 2, [8, 16], [1, 2], attention_type="block_sparse", block_size=4).eval()
+    text = model.generate(torch.arange(5).unsqueeze(0), 6, temperature=0.0)
+    with torch.no_grad():
+        predicted = model(text[:, :-1]).argmax(-1)
+    assert torch.equal(text[:, 5:], predicted[:, 4:])
 
 
 # ------------------------------------------------------------------------------------------- over a ring

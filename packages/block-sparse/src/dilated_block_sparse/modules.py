@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from dilated_block_sparse.functional import BACKENDS, block_sparse_attention
 from dilated_block_sparse.layout import BlockLayout
 from dilated_block_sparse.pattern import LayoutLike, Layouts
-from dilated_core import Allocator, DilatedKVCache, MultiheadDilatedAttention, PatternStore, checks
+from dilated_core import Allocator, PatternStore, checks
+from dilated_core.projections import MultiheadProjections
 
 
 class BlockSparseAttention(nn.Module):
@@ -136,7 +137,7 @@ class BlockSparseAttention(nn.Module):
         return f"{self.layout}, is_causal={self.is_causal}, backend={self.backend!r}, kernel={self.kernel!r}"
 
 
-class BlockSparseMultiheadAttention(MultiheadDilatedAttention):
+class BlockSparseMultiheadAttention(MultiheadProjections):
     """Multi-head block-sparse self-attention with projections, called like ``nn.MultiheadAttention(batch_first=True)``.
 
     dilated_core.MultiheadDilatedAttention with blocks in the place of segments: the same weights, names and
@@ -162,8 +163,6 @@ class BlockSparseMultiheadAttention(MultiheadDilatedAttention):
     torch.Size([2, 19, 64])
     """
 
-    attention: BlockSparseAttention  # type: ignore[assignment]  # not a DilatedAttention: it has no segments
-
     def __init__(
         self,
         embed_dim: int,
@@ -186,34 +185,32 @@ class BlockSparseMultiheadAttention(MultiheadDilatedAttention):
         allocator: Allocator | None = None,
         patterns: PatternStore | None = None,
     ) -> None:
-        super().__init__(
-            embed_dim,
-            num_heads,
-            (1,),  # a pattern that the attention below takes the place of
-            (1,),
-            dropout,
-            bias,
-            layer_norm,
-            layer_norm_eps,
-            gamma_init,
-            kv_heads,
-            device,
-            dtype,
-            rotary=rotary,
-        )
-        self.attention = BlockSparseAttention(
+        attention = BlockSparseAttention(
             layout,
             softmax_scale=softmax_scale,
-            attention_dropout=dropout,
+            attention_dropout=checks.probability("dropout", dropout),
             is_causal=is_causal,
-            enable_gqa=self.kv_heads != num_heads,
+            enable_gqa=kv_heads not in (None, num_heads),
             backend=backend,
             kernel=kernel,
             allocator=allocator,
             patterns=patterns,
         )
+        super().__init__(
+            embed_dim,
+            num_heads,
+            bias=bias,
+            layer_norm=layer_norm,
+            layer_norm_eps=layer_norm_eps,
+            gamma_init=gamma_init,
+            kv_heads=kv_heads,
+            device=device,
+            dtype=dtype,
+            rotary=rotary,
+        )
+        self.attention = attention
 
-    def forward(  # type: ignore[override]  # without packed sequences and a decoding cache
+    def forward(
         self,
         query: Tensor,
         key: Tensor | None = None,
@@ -231,7 +228,7 @@ class BlockSparseMultiheadAttention(MultiheadDilatedAttention):
             key, value: the same shape; query itself by default.
             key_padding_mask: (batch, seq), bool, True where the key is *padding*: nn.MultiheadAttention's sense, the
                 opposite of ``block_sparse_attention``'s.
-            attn_mask: None; a layout takes no further mask, anything else raises.
+            attn_mask: None; there is no further mask, anything else raises.
             need_weights: False; weights are never formed, True raises.
             average_attn_weights: without effect, as there are no weights; here for the argument order.
             is_causal: overrides the module's own, for this call.
@@ -242,15 +239,7 @@ class BlockSparseMultiheadAttention(MultiheadDilatedAttention):
         Raises:
             TypeError, ValueError: an argument of a wrong type, shape or value.
         """
-        if attn_mask is not None:
-            raise ValueError("attn_mask: expected None, a layout takes no further mask (is_causal is one)")
-        if need_weights:
-            raise ValueError("need_weights: expected False, weights are never formed")
         q, k, v, real = self.projected(query, key, value, key_padding_mask, need_weights, attn_mask)
         if self.rotary is not None:
             q, k = self.rotary(q, k)
         return self.joined(self.attention(q, k, v, is_causal=is_causal, key_padding_mask=real)), None
-
-    def new_cache(self, batch_size: int) -> DilatedKVCache:
-        """Raises NotImplementedError: a cache keeps the keys of segments, not of blocks."""
-        raise NotImplementedError("block-sparse attention is not decoded token by token: there is no cache for blocks")

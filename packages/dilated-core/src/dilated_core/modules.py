@@ -11,6 +11,7 @@ from dilated_core import checks
 from dilated_core.decode import DilatedKVCache, decode_step
 from dilated_core.functional import dilated_attention
 from dilated_core.pattern import DilatedPattern
+from dilated_core.projections import MultiheadProjections
 from dilated_core.resources import Allocator, PatternStore
 
 
@@ -111,7 +112,7 @@ class DilatedAttention(nn.Module):
         )
 
 
-class MultiheadDilatedAttention(nn.Module):
+class MultiheadDilatedAttention(MultiheadProjections):
     """Multi-head dilated self-attention with projections, called like ``nn.MultiheadAttention(batch_first=True)``.
 
     q, k, v = projections of the input; dilated attention per head; LayerNorm over the joined heads (MAGNETO's
@@ -165,61 +166,33 @@ class MultiheadDilatedAttention(nn.Module):
         allocator: Allocator | None = None,
         patterns: PatternStore | None = None,
     ) -> None:
-        super().__init__()
-        self.embed_dim = checks.positive_integer("embed_dim", embed_dim)
-        self.num_heads = checks.positive_integer("num_heads", num_heads)
-        self.kv_heads = num_heads if kv_heads is None else checks.positive_integer("kv_heads", kv_heads)
-        if embed_dim % num_heads:
-            raise ValueError(f"embed_dim: expected a multiple of num_heads = {num_heads}, got {embed_dim}")
-        if num_heads % self.kv_heads:
-            raise ValueError(f"kv_heads: expected a divisor of num_heads = {num_heads}, got {kv_heads}")
-        if rotary is not None and not isinstance(rotary, nn.Module):
-            raise TypeError(f"rotary: expected an nn.Module or None, got {type(rotary).__name__}")
-        self.head_dim = embed_dim // num_heads
-        self.gamma_init = checks.positive_number("gamma_init", gamma_init)
-        checks.positive_number("layer_norm_eps", layer_norm_eps)
         checks.probability("dropout", dropout)
-        self.attention = DilatedAttention(
+        attention = DilatedAttention(
             segment_lengths,
             dilation_rates,
             softmax_scale,
             dropout,
             is_causal=is_causal,
-            enable_gqa=self.kv_heads != num_heads,
+            enable_gqa=kv_heads not in (None, num_heads),
             semantics=semantics,
             kernel=kernel,
             fused=fused,
             allocator=allocator,
             patterns=patterns,
         )
-        self.rotary = rotary
-        kv_dim = self.kv_heads * self.head_dim
-        bias = checks.boolean("bias", bias)
-        self.q_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
-        self.k_proj = nn.Linear(embed_dim, kv_dim, bias, device, dtype)
-        self.v_proj = nn.Linear(embed_dim, kv_dim, bias, device, dtype)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias, device, dtype)
-        self.inner_attn_ln = (
-            nn.LayerNorm(embed_dim, layer_norm_eps, device=device, dtype=dtype)
-            if checks.boolean("layer_norm", layer_norm)
-            else None
+        super().__init__(
+            embed_dim,
+            num_heads,
+            bias=bias,
+            layer_norm=layer_norm,
+            layer_norm_eps=layer_norm_eps,
+            gamma_init=gamma_init,
+            kv_heads=kv_heads,
+            device=device,
+            dtype=dtype,
+            rotary=rotary,
         )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Xavier-uniform weights, gain 1 for q and k and ``gamma_init`` for v and out; zero biases."""
-        gains = (
-            (self.q_proj, 1.0),
-            (self.k_proj, 1.0),
-            (self.v_proj, self.gamma_init),
-            (self.out_proj, self.gamma_init),
-        )
-        for projection, gain in gains:
-            nn.init.xavier_uniform_(projection.weight, gain)
-            if projection.bias is not None:
-                nn.init.zeros_(projection.bias)
-        if self.inner_attn_ln is not None:
-            self.inner_attn_ln.reset_parameters()
+        self.attention = attention
 
     def forward(
         self,
@@ -271,54 +244,6 @@ class MultiheadDilatedAttention(nn.Module):
             attended = self.attention(q, k, v, is_causal=is_causal, key_padding_mask=real, cu_seqlens=cu_seqlens)
         return self.joined(attended), None
 
-    def projected(
-        self,
-        query: Tensor,
-        key: Tensor | None,
-        value: Tensor | None,
-        key_padding_mask: Tensor | None,
-        need_weights: bool,
-        attn_mask: None,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What ``forward`` begins with: its arguments checked and projected, for another attention in its place.
-
-        Returns:
-            query (batch, seq, num_heads, head_dim), key and value (batch, seq, kv_heads, head_dim), and the mask in
-            ``dilated_attention``'s sense, True where the key is real; None for none.
-
-        Raises:
-            TypeError, ValueError: an argument of a wrong type, shape or value.
-        """
-        key = query if key is None else key
-        value = key if value is None else value
-        for name, tensor in (("query", query), ("key", key), ("value", value)):
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
-            if tensor.ndim != 3 or tensor.shape[-1] != self.embed_dim or tensor.shape != query.shape:
-                raise ValueError(
-                    f"{name}: expected shape (batch, seq, embed_dim = {self.embed_dim}), "
-                    f"the same for query, key and value, got {tuple(tensor.shape)}"
-                )
-        if attn_mask is not None:
-            raise ValueError("attn_mask: expected None, a dilated pattern takes no further mask (is_causal is one)")
-        if need_weights:
-            raise ValueError("need_weights: expected False, weights are never formed (see dilated_core.attention_map)")
-        real = checks.key_padding_mask(key_padding_mask, key)
-        return (
-            self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim)),
-            self.k_proj(key).unflatten(-1, (self.kv_heads, self.head_dim)),
-            self.v_proj(value).unflatten(-1, (self.kv_heads, self.head_dim)),
-            None if real is None else ~real,
-        )
-
-    def joined(self, attended: Tensor) -> Tensor:
-        """What ``forward`` ends with: heads (batch, seq, num_heads, head_dim) to output (batch, seq, embed_dim)."""
-        rows = attended.flatten(-2)
-        if self.inner_attn_ln is not None:
-            rows = self.inner_attn_ln(rows)
-        output: Tensor = self.out_proj(rows)
-        return output
-
     def new_cache(self, batch_size: int) -> DilatedKVCache:
         """An empty cache for ``forward(..., cache=)``, in the dtype and on the device of the weights.
 
@@ -365,7 +290,3 @@ class MultiheadDilatedAttention(nn.Module):
             raise ValueError("cache: expected eval mode, a step drops no probabilities")
         if self.rotary is not None and len(set(cache.lengths)) > 1:
             raise ValueError(f"cache: expected rows of one length beside a rotary, got {cache.lengths}")
-
-    def extra_repr(self) -> str:
-        """What ``print(module)`` shows."""
-        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, kv_heads={self.kv_heads}"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
-from dilated_core import Allocator, DilatedAttention, DilatedKVCache, MultiheadDilatedAttention, PatternStore, checks
-from dilated_ring.comm import Comm, Group, HeldGroup, agree, comm_of, refuse
+from dilated_core import Allocator, DilatedAttention, DilatedKVCache, PatternStore, checks
+from dilated_core.projections import MultiheadProjections
+from dilated_ring.comm import Comm, Group, HeldGroup, asked_bounds, comm_of, refuse
 from dilated_ring.dilated.functional import dilated_ring_attention
 from dilated_ring.plan import check_bounds
 from dilated_ring.plan.ring_plan import check_exchange
@@ -154,7 +154,7 @@ class RingDilatedAttention(DilatedAttention):
         )
 
 
-class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
+class RingMultiheadDilatedAttention(MultiheadProjections):
     """Multi-head dilated self-attention with projections: dilated_core.MultiheadDilatedAttention over shards.
 
     Every rank has all the weights and calls it with its shard of the input. The gradients of the weights are those of
@@ -174,6 +174,7 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
         TypeError, ValueError: an argument of a wrong type or value.
 
     >>> from dilated_ring.comm import run_ranks
+    >>> from dilated_core import MultiheadDilatedAttention
     >>> whole, tokens = MultiheadDilatedAttention(64, 4, [32, 64], [1, 2]), torch.randn(2, 100, 64)
     >>> def work(comm):
     ...     attention = RingMultiheadDilatedAttention(64, 4, [32, 64], [1, 2], group=comm)
@@ -213,22 +214,8 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
         allocator: Allocator | None = None,
         patterns: PatternStore | None = None,
     ) -> None:
-        super().__init__(
-            embed_dim,
-            num_heads,
-            segment_lengths,
-            dilation_rates,
-            dropout,
-            bias,
-            layer_norm,
-            layer_norm_eps,
-            gamma_init,
-            kv_heads,
-            device,
-            dtype,
-            rotary=rotary,
-        )
-        self.attention = RingDilatedAttention(
+        checks.probability("dropout", dropout)
+        attention = RingDilatedAttention(
             segment_lengths,
             dilation_rates,
             softmax_scale,
@@ -239,12 +226,25 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
             refetch=refetch,
             verify=verify,
             is_causal=is_causal,
-            enable_gqa=self.kv_heads != num_heads,
+            enable_gqa=kv_heads not in (None, num_heads),
             semantics=semantics,
             kernel=kernel,
             allocator=allocator,
             patterns=patterns,
         )
+        super().__init__(
+            embed_dim,
+            num_heads,
+            bias=bias,
+            layer_norm=layer_norm,
+            layer_norm_eps=layer_norm_eps,
+            gamma_init=gamma_init,
+            kv_heads=kv_heads,
+            device=device,
+            dtype=dtype,
+            rotary=rotary,
+        )
+        self.attention = attention
 
     def forward(
         self,
@@ -301,16 +301,8 @@ class RingMultiheadDilatedAttention(MultiheadDilatedAttention):
         attended = ring(q, k, v, is_causal=is_causal, key_padding_mask=real, bounds=bounds)
         return self.joined(attended), None
 
-    def new_cache(self, batch_size: int) -> DilatedKVCache:
-        """Raises NotImplementedError: a cache decodes a sequence that lies on one rank."""
-        raise NotImplementedError(
-            "a sequence that lies on many ranks is not decoded token by token: load the weights into a "
-            "dilated_core.MultiheadDilatedAttention (their state dicts are the same)"
-        )
-
     def _asked_bounds(self, comm: Comm, length: int) -> tuple[int, ...]:
         """Where the shards start and end, as the ranks tell each other."""
         if torch.compiler.is_compiling():
             raise ValueError("bounds: expected positions under torch.compile where there is a rotary, got None")
-        fields = {"function": "RingMultiheadDilatedAttention", "phase": "positions"}
-        return 0, *accumulate(agree(comm, fields, length))
+        return asked_bounds(comm, "RingMultiheadDilatedAttention", length)

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from dilated_block_sparse.layout import BlockLayout
-from dilated_block_sparse.modules import BlockSparseAttention, BlockSparseMultiheadAttention
+from dilated_block_sparse.modules import BlockSparseAttention
 from dilated_block_sparse.pattern import LayoutLike
 from dilated_block_sparse.ring.bounds import check_layout_bounds
 from dilated_block_sparse.ring.functional import block_sparse_ring_attention
 from dilated_core import Allocator, PatternStore, checks
-from dilated_ring.comm import Comm, Group, HeldGroup, agree, comm_of, refuse
+from dilated_core.projections import MultiheadProjections
+from dilated_ring.comm import Group, HeldGroup, asked_bounds, comm_of, refuse
 from dilated_ring.plan import check_bounds
+
+FUNCTION = "block_sparse_ring_attention"
 
 
 class BlockSparseRingAttention(BlockSparseAttention):
@@ -119,7 +121,7 @@ class BlockSparseRingAttention(BlockSparseAttention):
                 except (TypeError, ValueError) as error:
                     refuse(comm, error)
                     raise
-                bounds = asked_bounds(comm, length)
+                bounds = asked_bounds(comm, FUNCTION, length)
             try:
                 layout = self.layout_for(check_bounds(bounds, comm.size)[-1])
             except Exception as error:  # whatever a function of the caller's raises
@@ -157,7 +159,7 @@ class BlockSparseRingAttention(BlockSparseAttention):
         )
 
 
-class BlockSparseRingMultiheadAttention(BlockSparseMultiheadAttention):
+class BlockSparseRingMultiheadAttention(MultiheadProjections):
     """Multi-head block-sparse self-attention with projections: BlockSparseMultiheadAttention over shards.
 
     Every rank has all the weights and calls it with its shard of the input. The gradients of the weights are those of
@@ -176,6 +178,7 @@ class BlockSparseRingMultiheadAttention(BlockSparseMultiheadAttention):
     Raises:
         TypeError, ValueError: an argument of a wrong type or value.
 
+    >>> from dilated_block_sparse import BlockSparseMultiheadAttention
     >>> from dilated_ring.comm import run_ranks
     >>> layout = BlockLayout.from_rows([[0], [0, 1], [1, 2], [2, 3]], 64, 64, block_size=16)
     >>> whole, tokens = BlockSparseMultiheadAttention(32, 4, layout), torch.randn(2, 64, 32)
@@ -186,8 +189,6 @@ class BlockSparseRingMultiheadAttention(BlockSparseMultiheadAttention):
     >>> torch.allclose(torch.cat(run_ranks(2, work), 1), whole(tokens)[0], atol=1e-5)
     True
     """
-
-    attention: BlockSparseRingAttention
 
     def __init__(
         self,
@@ -215,10 +216,22 @@ class BlockSparseRingMultiheadAttention(BlockSparseMultiheadAttention):
         patterns: PatternStore | None = None,
     ) -> None:
         _no_dropout("dropout", dropout)
+        attention = BlockSparseRingAttention(
+            layout,
+            softmax_scale=softmax_scale,
+            group=group,
+            bounds=bounds,
+            refetch=refetch,
+            verify=verify,
+            is_causal=is_causal,
+            enable_gqa=kv_heads not in (None, num_heads),
+            kernel=kernel,
+            allocator=allocator,
+            patterns=patterns,
+        )
         super().__init__(
             embed_dim,
             num_heads,
-            layout,
             bias=bias,
             layer_norm=layer_norm,
             layer_norm_eps=layer_norm_eps,
@@ -228,21 +241,9 @@ class BlockSparseRingMultiheadAttention(BlockSparseMultiheadAttention):
             dtype=dtype,
             rotary=rotary,
         )
-        self.attention = BlockSparseRingAttention(
-            layout,
-            softmax_scale=softmax_scale,
-            group=group,
-            bounds=bounds,
-            refetch=refetch,
-            verify=verify,
-            is_causal=is_causal,
-            enable_gqa=self.kv_heads != num_heads,
-            kernel=kernel,
-            allocator=allocator,
-            patterns=patterns,
-        )
+        self.attention = attention
 
-    def forward(  # type: ignore[override]  # with bounds
+    def forward(
         self,
         query: Tensor,
         key: Tensor | None = None,
@@ -282,18 +283,13 @@ class BlockSparseRingMultiheadAttention(BlockSparseMultiheadAttention):
         if self.rotary is not None:
             comm = comm_of(ring.group)
             if bounds is None:
-                bounds = asked_bounds(comm, q.shape[1])
+                bounds = asked_bounds(comm, FUNCTION, q.shape[1])
             try:
                 q, k = self.rotary(q, k, start=check_bounds(bounds, comm.size)[comm.rank])
             except Exception as error:  # one rank's positions may lie beyond its table: an IndexError
                 ring.refuse(error, bounds)
                 raise
         return self.joined(ring(q, k, v, is_causal=is_causal, key_padding_mask=real, bounds=bounds)), None
-
-
-def asked_bounds(comm: Comm, length: int) -> tuple[int, ...]:
-    """Where the shards start and end, as the ranks tell each other."""
-    return 0, *accumulate(agree(comm, {"function": "block_sparse_ring_attention", "phase": "positions"}, length))
 
 
 def _no_dropout(name: str, probability: object) -> None:

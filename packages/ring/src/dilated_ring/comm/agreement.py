@@ -12,6 +12,7 @@ import json
 import secrets
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -54,6 +55,18 @@ def agree(comm: Comm, call: Mapping[str, object], length: int) -> list[int]:
     [[10, 11], [10, 11]]
     """
     return agree_with_ticket(comm, call, length)[0]
+
+
+def asked_bounds(comm: Comm, function: str, length: int) -> tuple[int, ...]:
+    """Where the shards of a sequence start and end, as the ranks tell each other, each its shard's length.
+
+    Args:
+        function: what is called, the same on all ranks.
+
+    Raises:
+        DisagreementError: on every rank, where they call different things.
+    """
+    return 0, *accumulate(agree(comm, {"function": function, "phase": "positions"}, length))
 
 
 def agree_with_ticket(comm: Comm, call: Mapping[str, object], length: int) -> tuple[list[int], int]:
