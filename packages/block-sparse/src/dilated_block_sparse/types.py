@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
 from dilated_block_sparse.layout import BlockSize, checks
 from dilated_block_sparse.modules import BlockSparseAttention, BlockSparseMultiheadAttention
 from dilated_block_sparse.pattern import LayoutLike, Pattern
-from dilated_core import Allocator, DilatedPattern, PatternStore
+from dilated_core import DilatedPattern
 from dilated_core import checks as core_checks
 
 # What sparsity_ratio alone means.
@@ -96,181 +96,53 @@ def choose_layout(
     return functools.reduce(operator.or_, layouts)
 
 
-def _attention(
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    *,
-    layout: LayoutLike | None = None,
-    pattern: str | None = None,
-    sparsity_ratio: float | None = None,
-    block_size: BlockSize | None = None,
-    seed: int | None = None,
-    softmax_scale: float | None = None,
-    attention_dropout: float = 0.0,
-    is_causal: bool = False,
-    enable_gqa: bool = False,
-    backend: str = "auto",
-    kernel: str = "auto",
-    allocator: Allocator | None = None,
-    patterns: PatternStore | None = None,
-) -> BlockSparseAttention:
-    """BlockSparseAttention."""
-    chosen = choose_layout(
-        segment_lengths,
-        dilation_rates,
-        layout=layout,
-        pattern=pattern,
-        sparsity_ratio=sparsity_ratio,
-        block_size=block_size,
-        seed=seed,
-        is_causal=is_causal,
-    )
-    return BlockSparseAttention(
-        chosen,
-        softmax_scale=softmax_scale,
-        attention_dropout=attention_dropout,
-        is_causal=is_causal,
-        enable_gqa=enable_gqa,
-        backend=backend,
-        kernel=kernel,
-        allocator=allocator,
-        patterns=patterns,
-    )
+def _builder(module: Callable[..., nn.Module], like: type[nn.Module] | None = None) -> Callable[..., nn.Module]:
+    """A builder, called by keyword, of a module on the layout that its options mean.
+
+    Args:
+        module: called with ``layout=`` and what else it is built with.
+        like: the class whose parameters, with those of ``choose_layout`` in the place of its layout, are the options
+            that the builder's signature shows. None for any: the module refuses those it does not know.
+    """
+    of_layout = inspect.signature(choose_layout).parameters
+
+    def build(**options: Any) -> nn.Module:
+        own = {name: options.pop(name) for name in of_layout if name in options and name != "is_causal"}
+        chosen = choose_layout(**own, is_causal=options.get("is_causal", False))
+        return module(layout=chosen, **options)
+
+    if like is not None:
+        others = [one for name, one in inspect.signature(like).parameters.items() if name not in of_layout]
+        shown = [one.replace(kind=one.KEYWORD_ONLY) for one in (*of_layout.values(), *others)]
+        build.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    return build
 
 
-def _multihead(
-    embed_dim: int,
-    num_heads: int,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    *,
-    layout: LayoutLike | None = None,
-    pattern: str | None = None,
-    sparsity_ratio: float | None = None,
-    block_size: BlockSize | None = None,
-    seed: int | None = None,
-    dropout: float = 0.0,
-    bias: bool = True,
-    layer_norm: bool = True,
-    layer_norm_eps: float = 1e-5,
-    gamma_init: float = 1.0,
-    kv_heads: int | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    rotary: nn.Module | None = None,
-    softmax_scale: float | None = None,
-    is_causal: bool = False,
-    backend: str = "auto",
-    kernel: str = "auto",
-    allocator: Allocator | None = None,
-    patterns: PatternStore | None = None,
-) -> BlockSparseMultiheadAttention:
-    """BlockSparseMultiheadAttention."""
-    chosen = choose_layout(
-        segment_lengths,
-        dilation_rates,
-        layout=layout,
-        pattern=pattern,
-        sparsity_ratio=sparsity_ratio,
-        block_size=block_size,
-        seed=seed,
-        is_causal=is_causal,
-    )
-    return BlockSparseMultiheadAttention(
-        embed_dim,
-        num_heads,
-        chosen,
-        dropout=dropout,
-        bias=bias,
-        layer_norm=layer_norm,
-        layer_norm_eps=layer_norm_eps,
-        gamma_init=gamma_init,
-        kv_heads=kv_heads,
-        device=device,
-        dtype=dtype,
-        rotary=rotary,
-        softmax_scale=softmax_scale,
-        is_causal=is_causal,
-        backend=backend,
-        kernel=kernel,
-        allocator=allocator,
-        patterns=patterns,
-    )
+def _of_ring(name: str) -> Callable[..., nn.Module]:
+    """A class of the room that imports dilated_ring, found when it is called: ImportError there names the extra."""
+
+    def make(**options: Any) -> nn.Module:
+        try:
+            room = importlib.import_module("dilated_block_sparse.ring.modules")
+        except ModuleNotFoundError as error:
+            if (error.name or "").partition(".")[0] != "dilated_ring":
+                raise
+            raise ImportError(
+                f'{name} needs dilated-ring, which is not installed: pip install "dilated-block-sparse[ring]"'
+            ) from error
+        module: nn.Module = getattr(room, name)(**options)
+        return module
+
+    return make
 
 
-def _ring_attention(
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    *,
-    layout: LayoutLike | None = None,
-    pattern: str | None = None,
-    sparsity_ratio: float | None = None,
-    block_size: BlockSize | None = None,
-    seed: int | None = None,
-    is_causal: bool = False,
-    **options: Any,
-) -> nn.Module:
-    """BlockSparseRingAttention, which refuses the options it does not know."""
-    chosen = choose_layout(
-        segment_lengths,
-        dilation_rates,
-        layout=layout,
-        pattern=pattern,
-        sparsity_ratio=sparsity_ratio,
-        block_size=block_size,
-        seed=seed,
-        is_causal=is_causal,
-    )
-    module: nn.Module = _of_ring("BlockSparseRingAttention")(chosen, is_causal=is_causal, **options)
-    return module
-
-
-def _ring_multihead(
-    embed_dim: int,
-    num_heads: int,
-    segment_lengths: Sequence[int],
-    dilation_rates: Sequence[int],
-    *,
-    layout: LayoutLike | None = None,
-    pattern: str | None = None,
-    sparsity_ratio: float | None = None,
-    block_size: BlockSize | None = None,
-    seed: int | None = None,
-    is_causal: bool = False,
-    **options: Any,
-) -> nn.Module:
-    """BlockSparseRingMultiheadAttention, which refuses the options it does not know."""
-    chosen = choose_layout(
-        segment_lengths,
-        dilation_rates,
-        layout=layout,
-        pattern=pattern,
-        sparsity_ratio=sparsity_ratio,
-        block_size=block_size,
-        seed=seed,
-        is_causal=is_causal,
-    )
-    of_ring = _of_ring("BlockSparseRingMultiheadAttention")
-    module: nn.Module = of_ring(embed_dim, num_heads, chosen, is_causal=is_causal, **options)
-    return module
-
-
-block_sparse = Builders(_attention, _multihead)
-block_sparse_ring = Builders(_ring_attention, _ring_multihead)
-
-
-def _of_ring(name: str) -> Callable[..., Any]:
-    """A class of the room that imports dilated_ring. Raises ImportError where that is missing, with the extra."""
-    try:
-        room = importlib.import_module("dilated_block_sparse.ring.modules")
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "dilated_ring":
-            raise
-        raise ImportError(
-            f'{name} needs dilated-ring, which is not installed: pip install "dilated-block-sparse[ring]"'
-        ) from error
-    found: Callable[..., Any] = getattr(room, name)
-    return found
+block_sparse = Builders(
+    _builder(BlockSparseAttention, BlockSparseAttention),
+    _builder(BlockSparseMultiheadAttention, BlockSparseMultiheadAttention),
+)
+block_sparse_ring = Builders(
+    _builder(_of_ring("BlockSparseRingAttention")), _builder(_of_ring("BlockSparseRingMultiheadAttention"))
+)
 
 
 def _lengths_unless_default(branches: DilatedPattern) -> list[int] | None:

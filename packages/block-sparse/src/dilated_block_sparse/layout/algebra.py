@@ -14,20 +14,13 @@ import torch
 from torch import Tensor
 
 from dilated_block_sparse.layout import block_layout, checks
+from dilated_block_sparse.layout.compressed import offsets
 
 if TYPE_CHECKING:
     from dilated_block_sparse.layout.block_layout import BlockLayout
 
 
-# ------------------------------------------------------------------------------------------------ compressed rows
-
-
-def offsets(counts: Tensor) -> Tensor:
-    """The ``indptr``, int64 (heads, rows + 1), of rows with ``counts`` live blocks, (heads, rows)."""
-    heads, rows = counts.shape
-    ends = counts.flatten().cumsum(0, dtype=torch.int64)
-    flat = torch.cat([ends.new_zeros(1), ends])
-    return flat[torch.arange(heads, device="cpu").unsqueeze(1) * rows + torch.arange(rows + 1, device="cpu")]
+# ------------------------------------------------------------------------------------------------ numbers
 
 
 def rows_of(layout: BlockLayout) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dilated_block_sparse.layout import algebra, block_layout, checks
 from dilated_block_sparse.layout.checks import BlockSize
+from dilated_block_sparse.layout.compressed import offsets
 
 if TYPE_CHECKING:
     from dilated_block_sparse.layout.block_layout import BlockLayout
@@ -111,5 +112,5 @@ def in_order(
     by_column = columns.argsort()
     order = by_column[rows[by_column].argsort(stable=True)]
     return block_layout.BlockLayout(
-        algebra.offsets(counts.view(heads, q_blocks)), columns[order], q_len, kv_len, block_size=block_size
+        offsets(counts.view(heads, q_blocks)), columns[order], q_len, kv_len, block_size=block_size
     )

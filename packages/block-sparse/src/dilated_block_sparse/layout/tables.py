@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from dilated_block_sparse.layout import algebra, block_layout, checks
 from dilated_block_sparse.layout.checks import BlockSize
+from dilated_block_sparse.layout.compressed import offsets
 
 if TYPE_CHECKING:
     from dilated_block_sparse.layout.block_layout import BlockLayout
@@ -38,7 +39,7 @@ def from_rows(
         sorted_rows = [sorted(_columns(f"rows: row {row} of head {head}", each)) for row, each in enumerate(of_head)]
         counts.append([len(row) for row in sorted_rows])
         columns.extend(column for row in sorted_rows for column in row)
-    indptr = algebra.offsets(torch.tensor(counts, dtype=torch.int64, device="cpu").view(len(heads), q_blocks))
+    indptr = offsets(torch.tensor(counts, dtype=torch.int64, device="cpu").view(len(heads), q_blocks))
     return block_layout.BlockLayout(
         indptr, torch.tensor(columns, dtype=torch.int64, device="cpu"), q_len, kv_len, block_size=block
     )
@@ -101,7 +102,7 @@ def from_blocks(blocks: Tensor, q_len: int, kv_len: int, block_size: BlockSize) 
             f"blocks: expected (q_blocks, kv_blocks) = {expected} for q_len={q_len}, kv_len={kv_len} and "
             f"block_size={(rows, columns)}, got {tuple(blocks.shape[1:])}"
         )
-    indptr = algebra.offsets(blocks.sum(2))
+    indptr = offsets(blocks.sum(2))
     return block_layout.BlockLayout(indptr, blocks.nonzero()[:, 2], q_len, kv_len, block_size=(rows, columns))
 
 

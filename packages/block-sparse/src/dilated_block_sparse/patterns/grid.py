@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from dilated_block_sparse.layout import checks
+from dilated_block_sparse.layout.compressed import offsets
 
 CompressedRows: TypeAlias = "tuple[Tensor, Tensor]"
 """(indptr, int64 (heads, q_blocks + 1); indices, int32 (live blocks,)), as BlockLayout takes them."""
@@ -103,16 +104,15 @@ def union(parts: Sequence[Tensor]) -> Tensor:
     return joined
 
 
-def offsets(keys: Tensor, rows: int, kv_blocks: int) -> Tensor:
-    """(rows + 1,): the keys of row i are keys[offsets[i] : offsets[i + 1]]."""
+def bounds(keys: Tensor, rows: int, kv_blocks: int) -> Tensor:
+    """(rows + 1,): the keys of row i are keys[bounds[i] : bounds[i + 1]]."""
     return torch.searchsorted(keys, torch.arange(rows + 1, device="cpu") * kv_blocks)
 
 
 def compress(keys: Tensor, q_blocks: int, kv_blocks: int, heads: int) -> CompressedRows:
     """Compressed rows of rising keys, in which head h has rows h * q_blocks and on."""
-    bounds = offsets(keys, heads * q_blocks, kv_blocks)
-    indptr = bounds[torch.arange(heads, device="cpu")[:, None] * q_blocks + torch.arange(q_blocks + 1, device="cpu")]
-    return indptr, keys.remainder(max(kv_blocks, 1)).to(torch.int32)
+    counts = bounds(keys, heads * q_blocks, kv_blocks).diff().view(heads, q_blocks)
+    return offsets(counts), keys.remainder(max(kv_blocks, 1)).to(torch.int32)
 
 
 def same_for_all(keys: Tensor, grid: Grid, heads: int) -> CompressedRows:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dilated_block_sparse.layout.checks import BlockSize
 from dilated_block_sparse.patterns.anchors import global_keys
-from dilated_block_sparse.patterns.grid import CompressedRows, Grid, offsets, same_for_all, union
+from dilated_block_sparse.patterns.grid import CompressedRows, Grid, bounds, same_for_all, union
 from dilated_block_sparse.patterns.sampling import bigbird, bigbird_base, random
 from dilated_block_sparse.patterns.strides import dilated_runs, strided_runs
 from dilated_block_sparse.patterns.windows import window_runs
@@ -155,7 +155,7 @@ def _bigbird(grid: Grid, wanted: float) -> tuple[int, int, int]:
     own = int((grid.last - grid.first).max()) + 1 if grid.q_blocks else 1
     window, anchors = max(int((kept / 3 - own) / 2), 0), int(kept / 6)
     base = bigbird_base(grid, window, anchors)
-    free = grid.limit - offsets(base, grid.q_blocks, grid.kv_blocks).diff()
+    free = grid.limit - bounds(base, grid.q_blocks, grid.kv_blocks).diff()
     lots = _closest(lambda k: len(base) + int(free.clamp(max=k).sum()), wanted, 0, grid.kv_blocks)
     return window, anchors, lots
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dilated_block_sparse.layout.checks import BlockSize
 from dilated_block_sparse.patterns.anchors import global_keys
-from dilated_block_sparse.patterns.grid import CompressedRows, Grid, compress, expand, offsets, union
+from dilated_block_sparse.patterns.grid import CompressedRows, Grid, bounds, compress, expand, union
 from dilated_block_sparse.patterns.windows import window_runs
 from dilated_core.checks import boolean, positive_integer
 from dilated_core.checks import length as non_negative
@@ -90,14 +90,14 @@ def bigbird(
     heads, is_causal = positive_integer("heads", heads), boolean("is_causal", is_causal)
     grid = Grid(seq_len, block_size, is_causal=is_causal)
     base = bigbird_base(grid, window, global_blocks)
-    bounds = offsets(base, grid.q_blocks, grid.kv_blocks)
-    available = (grid.limit - bounds.diff()).repeat(heads)
+    begins = bounds(base, grid.q_blocks, grid.kv_blocks)
+    available = (grid.limit - begins.diff()).repeat(heads)
     row, rank = draw(available, available.clamp(max=blocks_per_row), seed)
     # The column of rank r among the free ones is r + t, t being how many live columns come before it: those whose own
     # rank among the free, column - place, is at most r.
     within = row % max(grid.q_blocks, 1)
-    place = torch.arange(len(base), device="cpu") - torch.repeat_interleave(bounds[:-1], bounds.diff())
-    before = torch.searchsorted(base - place, within * grid.kv_blocks + rank, right=True) - bounds[within]
+    place = torch.arange(len(base), device="cpu") - torch.repeat_interleave(begins[:-1], begins.diff())
+    before = torch.searchsorted(base - place, within * grid.kv_blocks + rank, right=True) - begins[within]
     lots = row * grid.kv_blocks + rank + before
     shared = (base + torch.arange(heads, device="cpu")[:, None] * (grid.q_blocks * grid.kv_blocks)).flatten()
     return compress(union([shared, lots]), grid.q_blocks, grid.kv_blocks, heads)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dilated_block_sparse.layout import checks
 from dilated_block_sparse.layout.checks import BlockSize
+from dilated_block_sparse.layout.compressed import offsets
 from dilated_block_sparse.patterns.grid import Grid
 from dilated_core.checks import boolean, probability
 from dilated_core.checks import length as non_negative
@@ -129,13 +130,9 @@ class _Ranked(NamedTuple):
         """Those of the places that ``wanted``, bool, broadcast to the scores, which are not at -inf."""
         chosen = (self.scores > -torch.inf) & wanted
         table = torch.zeros_like(chosen).scatter_(-1, self.columns, chosen)
-        heads, q_blocks, _ = table.shape
-        ends = table.sum(-1).flatten().cumsum(0).cpu()
-        bounds = torch.cat([ends.new_zeros(1), ends])
-        indptr = bounds[
-            torch.arange(heads, device="cpu")[:, None] * q_blocks + torch.arange(q_blocks + 1, device="cpu")
-        ]
-        return Choice(indptr, table.nonzero()[:, 2].to("cpu", torch.int32), self.q_len, self.kv_len)
+        return Choice(
+            offsets(table.sum(-1).cpu()), table.nonzero()[:, 2].to("cpu", torch.int32), self.q_len, self.kv_len
+        )
 
 
 def _ranked(scores: object, q_len: int | None, kv_len: int | None, block_size: BlockSize, is_causal: bool) -> _Ranked:
