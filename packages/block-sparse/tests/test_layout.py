@@ -326,7 +326,6 @@ def test_cells_share_blocks_where_they_do_not_fit() -> None:
 
 
 def test_a_picture_has_a_panel_a_head_and_says_what_is_left_out(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     layout = BlockLayout.stack([small()] * 18)
     figure = layout.draw(tmp_path / "layout.png", heads=[0, 17])
     assert (tmp_path / "layout.png").read_bytes().startswith(b"\x89PNG")
@@ -340,14 +339,12 @@ def test_a_picture_has_a_panel_a_head_and_says_what_is_left_out(tmp_path: Path) 
 
 
 def test_a_picture_leaves_pyplot_alone() -> None:
-    pytest.importorskip("matplotlib")
     before = "matplotlib.pyplot" in sys.modules
     small().draw()
     assert ("matplotlib.pyplot" in sys.modules) == before
 
 
 def test_a_picture_of_no_head_or_an_unknown_one_is_refused() -> None:
-    pytest.importorskip("matplotlib")
     with pytest.raises(ValueError, match="heads: expected at least one head, got none"):
         small().draw(heads=[])
     with pytest.raises(ValueError, match=r"heads\[1\]: expected an int from 0 to 0, got 3"):

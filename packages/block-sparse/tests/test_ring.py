@@ -366,7 +366,11 @@ def calls(changes: Sequence[dict[str, Any]], case: Case = MIXED) -> list[object]
 BAD = [
     ({"layout": None}, TypeError, "layout: expected a BlockLayout, got NoneType"),
     ({"layout": BlockLayout.from_rows([[0]], 4, 8)}, ValueError, "layout: expected as many keys as rows"),
-    ({"layout": BlockLayout.from_rows([[[0]]] * 3, 4, 4)}, ValueError, "layout: expected heads 1, those of key, 2"),
+    (
+        {"layout": BlockLayout.from_rows([[[0]]] * 3, 4, 4)},
+        ValueError,
+        "layout: expected 1 or 2 or 4 heads for query's 4, got 3",
+    ),
     ({"bounds": (0, 16, 32, 46)}, ValueError, "bounds: expected to end at the 45 positions of layout"),
     ({"bounds": (0, 8, 32, 45)}, ValueError, "query: expected the 8 positions that bounds give rank 0, got 16"),
     ({"bounds": (0, 45)}, ValueError, "bounds: expected world_size"),

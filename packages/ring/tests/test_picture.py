@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -19,13 +20,12 @@ def plan_of(ranks: int, seq_len: int = 1 << 20) -> RingPlan:
 
 
 def colours(path: Path) -> set[tuple[float, ...]]:
-    image = pytest.importorskip("matplotlib.image")
+    image = importlib.import_module("matplotlib.image")
     return {tuple(pixel) for row in image.imread(path)[::3, ::3].tolist() for pixel in row}
 
 
 @pytest.mark.parametrize("ranks", [2, 8, 64, 150])
 def test_a_picture_is_drawn(ranks: int, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     path = tmp_path / "plan.png"
     plan_of(ranks).save_picture(path)
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -33,7 +33,6 @@ def test_a_picture_is_drawn(ranks: int, tmp_path: Path) -> None:
 
 
 def test_phase_and_sizes_change_the_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     pictures = set()
     for number, options in enumerate([{}, {"phase": "backward"}, {"head_dim": 8}, {"dtype": torch.float32}]):
         path = tmp_path / f"{number}.png"
@@ -43,7 +42,6 @@ def test_phase_and_sizes_change_the_picture(tmp_path: Path) -> None:
 
 
 def test_where_nothing_travels_a_picture_says_so(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     for ranks, seq_len in ((1, 100), (3, 0), (4, 4096)):
         make_plan(seq_len, [1024], [1], 4, ranks).save_picture(tmp_path / f"{ranks}.png")
         # Letters and faint grey: none of the colours that stand for bytes.

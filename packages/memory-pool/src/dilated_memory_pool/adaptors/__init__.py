@@ -8,5 +8,13 @@ from dilated_memory_pool.adaptors.adaptor import Adaptor
 from dilated_memory_pool.adaptors.failure import FailureCallbackAdaptor
 from dilated_memory_pool.adaptors.faults import FaultInjectionAdaptor, InjectedFault
 from dilated_memory_pool.adaptors.limiting import LimitingAdaptor
+from dilated_memory_pool.adaptors.shared import SharedBackend
 
-__all__ = ["Adaptor", "FailureCallbackAdaptor", "FaultInjectionAdaptor", "InjectedFault", "LimitingAdaptor"]
+__all__ = [
+    "Adaptor",
+    "FailureCallbackAdaptor",
+    "FaultInjectionAdaptor",
+    "InjectedFault",
+    "LimitingAdaptor",
+    "SharedBackend",
+]

@@ -46,9 +46,10 @@ class AttentionBufferManager:
     its tensors live on.
 
     Args:
-        backend: of the kinds whose policy says "device", as in ``MemoryPool``.
+        backend: of the kinds whose policy says "device", as in ``MemoryPool``. A ``SharedBackend`` is shared with the
+            other pools on it.
         limit: as in ``MemoryPool``, for all kinds on one backend together. At the limit, what lies idle in one kind
-            makes room for another.
+            makes room for another. None beside a ``SharedBackend``, which has its own.
         policies: of the kinds that shall not have their default policy.
         device: index of the CUDA device, for backends that have one; the current one by default.
 

@@ -7,7 +7,7 @@ from typing import cast
 
 from dilated_memory_pool.attention.kinds import BufferKind
 from dilated_memory_pool.attention.policies import DEFAULT_POLICIES, DEVICE, BufferPolicy
-from dilated_memory_pool.attention.room import SharedBackend
+from dilated_memory_pool.adaptors import SharedBackend
 from dilated_memory_pool.backends import Backend, choose
 from dilated_memory_pool.pool import MemoryPool
 
@@ -37,7 +37,13 @@ class KindPools:
         self.made: dict[BufferKind, MemoryPool] = {}
         self.closed = False
         self._limit, self._index = limit, device
-        self._backends: dict[str | int, tuple[SharedBackend, str]] = {DEVICE: (SharedBackend(self.chosen, limit), why)}
+        if isinstance(self.chosen, SharedBackend):
+            if limit is not None:
+                raise ValueError(f"limit must be None beside a SharedBackend, which has its own, got {limit!r}")
+            shared = self.chosen
+        else:
+            shared = SharedBackend(self.chosen, limit)
+        self._backends: dict[str | int, tuple[SharedBackend, str]] = {DEVICE: (shared, why)}
 
     def get(self, kind: BufferKind | str) -> MemoryPool:
         """The pool of ``kind``. RuntimeError when closed."""
@@ -62,7 +68,7 @@ class KindPools:
             arena_bytes=arena_bytes,
         )
         pool = self.made.setdefault(kind, new)
-        backend.attach(kind, pool)
+        backend.attach((id(self), kind), pool)
         if self.closed:  # by another thread, which may not have seen this pool
             pool.close()
         return pool

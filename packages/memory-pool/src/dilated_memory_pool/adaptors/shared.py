@@ -7,21 +7,24 @@ import weakref
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
-from dilated_memory_pool.adaptors import FailureCallbackAdaptor, LimitingAdaptor
+from dilated_memory_pool.adaptors.failure import FailureCallbackAdaptor
+from dilated_memory_pool.adaptors.limiting import LimitingAdaptor
 from dilated_memory_pool.backends import Backend, Memory
 from dilated_memory_pool.errors import PoolLimitError, PoolMemoryError
-from dilated_memory_pool.pool import MemoryPool
 from dilated_memory_pool.sizes import parse_limit
 from dilated_memory_pool.statistics import PoolStatistics
 
 if TYPE_CHECKING:
     import torch
 
+    from dilated_memory_pool import MemoryPool
     from dilated_memory_pool.blocks import Block
 
 
 class SharedBackend(FailureCallbackAdaptor):
-    """See ``Backend``. A pool asks for memory without holding its lock, so that any pool can be trimmed meanwhile.
+    """One backend for pools that make room for each other. They are not kept alive by it.
+
+    A pool asks for memory without holding its lock, so that any pool can be trimmed meanwhile.
 
     Args:
         upstream: where memory comes from.
@@ -29,6 +32,20 @@ class SharedBackend(FailureCallbackAdaptor):
 
     Attributes:
         limit: in bytes; None for no limit.
+
+    Raises:
+        TypeError, ValueError: ``limit`` is none.
+
+    >>> from dilated_memory_pool import MemoryPool
+    >>> from dilated_memory_pool.backends import HostBackend
+    >>> shared = SharedBackend(HostBackend(), "3MiB")
+    >>> first, second = MemoryPool(shared, arena_bytes=0), MemoryPool(shared, mode="lightweight")
+    >>> shared.attach("first", first)
+    >>> shared.attach("second", second)
+    >>> first.reserve("2MiB")
+    >>> block = second.allocate("2MiB")
+    >>> first.statistics().reserved_bytes
+    0
     """
 
     def __init__(self, upstream: Backend, limit: float | str | None) -> None:
@@ -41,6 +58,9 @@ class SharedBackend(FailureCallbackAdaptor):
 
     def attach(self, name: Hashable, pool: MemoryPool) -> None:
         """Know ``pool``, which draws from here, by a name of its own."""
+        for other, reference in list(self._pools.items()):
+            if reference() is None:
+                self._pools.pop(other, None)
         self._pools[name] = weakref.ref(pool)
 
     def allocate(self, nbytes: int) -> Memory:
