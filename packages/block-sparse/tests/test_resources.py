@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from ring_cases import Case as RingCase
+from ring_cases import run_rank
 from sparse_cases import Case, Lender, Store, lay_out, run
 from torch import Tensor
 
@@ -16,6 +19,8 @@ from dilated_block_sparse import BlockLayout, block_sparse_attention
 from dilated_block_sparse.plan import stacks
 from dilated_core import kernels, measure
 from dilated_core.kernels import cpu_matmul
+from dilated_core.resources import BufferKind
+from dilated_ring.comm import Comm, run_ranks
 
 CASE = Case(2, 45, 4, 8, (8, 8), ("random", "local", "global"))
 KINDS = {
@@ -27,6 +32,36 @@ KINDS = {
     "packed": replace(CASE, storage="packed", is_causal=True),
 }
 every_kind = pytest.mark.parametrize("case", KINDS.values(), ids=KINDS)
+
+
+class Typed(Lender):
+    """One that lends integers too."""
+
+    def empty(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if dtype.is_floating_point:
+            return super().empty(size, dtype=dtype, device=device)
+        tensor = torch.full(tuple(size), 77, dtype=dtype, device=device)
+        self.lent.append(tensor)
+        return tensor
+
+
+class Manager:
+    """A buffer manager that remembers what it lent of each kind, and is never asked for a buffer of none."""
+
+    def __init__(self) -> None:
+        self.kinds = {kind: Typed() for kind in get_args(BufferKind)}
+
+    def allocator(self, kind: str) -> Typed:
+        return self.kinds[kind]
+
+    def empty(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        raise AssertionError(f"a buffer of {tuple(size)} that is of no kind")
+
+    def used(self) -> set[str]:
+        return {kind for kind, lender in self.kinds.items() if lender.lent}
+
+    def dtypes(self, *kinds: str) -> set[torch.dtype]:
+        return {tensor.dtype for kind in kinds for tensor in self.kinds[kind].lent}
 
 
 class Poisoned:
@@ -43,7 +78,7 @@ class Poisoned:
 @pytest.fixture
 def pool() -> Iterator[Any]:
     """The real one, without a size below which it steps aside."""
-    memory_pool = pytest.importorskip("dilated_memory_pool")
+    memory_pool = importlib.import_module("dilated_memory_pool")
     with memory_pool.MemoryPool("host", min_bytes=0) as made:
         yield made
 
@@ -92,6 +127,78 @@ def test_an_error_of_the_lender_is_the_callers() -> None:
         run(CASE, torch.float32, allocator=Full())
 
 
+# ------------------------------------------------------------------------------------------------ kinds
+
+QKV = ("query", "key", "value")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_kind
+def test_a_manager_lends_by_kind_and_changes_no_bit(case: Case, dtype: torch.dtype) -> None:
+    manager, alone = Manager(), run(case, dtype)
+    results = run(case, dtype, allocator=manager)
+    assert results.equal(alone)
+    kinds = manager.kinds
+    pairs = {"out": "output", "lse": "output", "dq": "query", "dk": "key", "dv": "value"}
+    for name, kind in pairs.items():
+        assert kinds[kind].owns(getattr(results, name)), name
+    assert len(kinds["output"].lent) == 2
+    assert manager.dtypes(*QKV) == {dtype}
+    masks = {"mask"} if case.mask != "none" else set()
+    assert manager.used() - {"temp"} == {*QKV, "output", *masks}
+    assert "temp" in manager.used() or dtype is torch.float32  # sums that are yet to be rounded
+
+
+def test_each_copied_row_is_of_its_kind() -> None:
+    """Queries of 1, keys of 2, values of 3: whatever is copied shows whose it is. The same buffers serve all calls."""
+    manager = Manager()
+    query, key, value = (torch.full((1, 45, 4, 8), float(number)) for number in (1, 2, 3))
+    layout = BlockLayout.random(45, 3, block_size=4)
+    block_sparse_attention(query, key, value, layout, allocator=manager)
+    for number, kind in enumerate(QKV, 1):
+        assert manager.kinds[kind].lent
+        for tensor in manager.kinds[kind].lent:
+            assert set(tensor[~tensor.isnan()].tolist()) == {float(number)}  # NaN where nothing was copied yet
+
+
+@pytest.mark.parametrize("refetch", [False, True], ids=["kept", "refetched"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_ranks_are_lent_by_kind(dtype: torch.dtype, refetch: bool) -> None:
+    case = RingCase(2, (0, 16, 32, 45), (8, 4), 4, 8, kv_heads=2, share="query", mask="random", refetch=refetch)
+    managers = [Manager() for _ in range(case.ranks)]
+
+    def work(comm: Comm) -> None:
+        alone = run_rank(case, dtype, comm)
+        lent = run_rank(case, dtype, comm, allocator=managers[comm.rank])
+        for name, tensor in vars(lent).items():
+            assert torch.equal(tensor, getattr(alone, name)), name
+
+    run_ranks(case.ranks, work)
+    for manager in managers:
+        assert manager.used() - {"temp"} == {*QKV, "output", "comm", "mask"}
+        assert "temp" in manager.used() or dtype is torch.float64
+        assert manager.dtypes(*QKV) == {dtype}
+
+
+def test_a_buffer_manager_counts_by_kind_and_gets_all_back() -> None:
+    """The real one, of one device and of ranks."""
+    attention = importlib.import_module("dilated_memory_pool.attention")
+    policies = {kind: replace(policy, min_bytes=0) for kind, policy in attention.DEFAULT_POLICIES.items()}
+    case = replace(CASE, mask="random")
+    spread = RingCase(2, (0, 16, 32, 45), (8, 4), 4, 8)
+    with attention.AttentionBufferManager("host", policies=policies) as manager:
+        for _ in range(2):
+            results = run(case, torch.float32, allocator=manager)
+            assert results.equal(run(case, torch.float32))
+            assert manager.statistics("output").allocated_bytes > 0
+        run_ranks(spread.ranks, lambda comm: run_rank(spread, torch.float32, comm, allocator=manager))
+        used = {kind.value for kind, numbers in manager.statistics().items() if numbers.peak_allocated_bytes > 0}
+        assert used >= {*QKV, "output", "comm", "mask"}
+        del results
+        gc.collect()
+        assert {numbers.allocated_bytes for numbers in manager.statistics().values()} == {0}
+
+
 # ------------------------------------------------------------------------------------------------ plans
 
 
@@ -107,7 +214,7 @@ def test_each_plan_is_made_once_in_a_store(case: Case) -> None:
 
 
 def test_a_pattern_cache_keeps_plans() -> None:
-    cache = pytest.importorskip("dilated_pattern_cache").PatternCache(max_entries=4)
+    cache = importlib.import_module("dilated_pattern_cache").PatternCache(max_entries=4)
     alone = run(CASE, torch.float32)
     for _ in range(2):
         assert run(CASE, torch.float32, patterns=cache).equal(alone)

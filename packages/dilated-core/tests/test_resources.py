@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
-from typing import Any
+from itertools import pairwise
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,12 +16,17 @@ from torch import Tensor
 
 from dilated_core import (
     Allocator,
+    BufferManager,
     DilatedAttention,
+    DilatedKVCache,
     MultiheadDilatedAttention,
     PatternStore,
+    checks,
+    decode_step,
     dilated_attention,
 )
 from dilated_core.plan import SEMANTICS
+from dilated_core.resources import BufferKind
 
 
 class Lender:
@@ -36,6 +43,25 @@ class Lender:
     def owns(self, tensor: Tensor) -> bool:
         address = tensor.untyped_storage().data_ptr()
         return any(address == lent.untyped_storage().data_ptr() for lent in self.lent)
+
+
+class Manager:
+    """A buffer manager that remembers what it lent of each kind, and is never asked for a buffer of none."""
+
+    def __init__(self) -> None:
+        self.kinds = {kind: Lender() for kind in get_args(BufferKind)}
+
+    def allocator(self, kind: str) -> Lender:
+        return self.kinds[kind]
+
+    def empty(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        raise AssertionError(f"a buffer of {tuple(size)} that is of no kind")
+
+    def used(self) -> set[str]:
+        return {kind for kind, lender in self.kinds.items() if lender.lent}
+
+    def dtypes(self, kind: str) -> set[torch.dtype]:
+        return {tensor.dtype for tensor in self.kinds[kind].lent}
 
 
 class Store(dict[Hashable, Any]):
@@ -68,6 +94,9 @@ def test_protocols_are_met_by_their_methods() -> None:
     assert isinstance(Store(), PatternStore)
     assert not isinstance(Store(), Allocator)
     assert not isinstance(Lender(), PatternStore)
+    assert isinstance(Manager(), BufferManager)
+    assert isinstance(Manager(), Allocator)
+    assert not isinstance(Lender(), BufferManager)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -184,3 +213,97 @@ def test_an_error_of_the_lender_is_the_callers() -> None:
     query, key, value, _ = CASE.problem(torch.float32)
     with pytest.raises(MemoryError, match="the pool is full"):
         dilated_attention(query, key, value, *CASE.pattern, allocator=Full())
+
+
+# ------------------------------------------------------------------------------------------------ kinds
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", KINDS.values(), ids=KINDS)
+def test_a_manager_lends_results_and_gradients_by_kind_and_changes_no_bit(case: Case, dtype: torch.dtype) -> None:
+    manager, alone = Manager(), run(case, dtype, with_lse=True)
+    results = run(case, dtype, with_lse=True, allocator=manager)
+    assert all(torch.equal(a, b) for a, b in zip(results.each(), alone.each(), strict=True))
+    kinds = manager.kinds
+    assert manager.used() == {"query", "key", "value", "output", "temp"} | ({"mask"} if case.mask != "none" else set())
+    assert kinds["output"].owns(results.out)
+    assert kinds["query"].owns(results.dq)
+    assert kinds["key"].owns(results.dk)
+    assert kinds["value"].owns(results.dv)
+    assert len(kinds["output"].lent) == 2  # out and lse
+    for kind in ("query", "key", "value"):
+        assert manager.dtypes(kind) == {dtype}
+    if dtype is torch.bfloat16:  # sums that are yet to be rounded
+        assert torch.float32 in manager.dtypes("temp")
+        assert manager.dtypes("output") == {dtype, torch.float32}  # as lse is
+    if case.mask != "none":
+        assert manager.dtypes("mask") == {torch.bool}
+
+
+def test_each_gathered_row_is_of_its_kind() -> None:
+    """Queries of 1, keys of 2, values of 3: whatever is copied shows whose it is."""
+    manager = Manager()
+    query, key, value = (torch.full((3, 41, 4, 8), float(number)) for number in (1, 2, 3))
+    dilated_attention(query, key, value, *CASE.pattern, allocator=manager)
+    assert manager.used() == {"query", "key", "value", "output"}
+    for number, kind in enumerate(("query", "key", "value"), 1):
+        assert all(bool((tensor == number).all()) for tensor in manager.kinds[kind].lent)
+
+
+def test_rows_kept_for_decoding_are_of_the_kind_cache() -> None:
+    manager = Manager()
+    query, key, value = torch.randn(3, 3, 41, 4, 8).unbind()
+
+    def decode(allocator: Allocator | None, prompt: int) -> Tensor:
+        cache = DilatedKVCache(*CASE.pattern, batch_size=3, num_heads=4, head_dim=8, allocator=allocator)
+        bounds = [0, *range(prompt, 42)]
+        spans = [slice(*span) for span in pairwise(bounds) if span[0] < span[1]]
+        return torch.cat([decode_step(query[:, at], key[:, at], value[:, at], cache) for at in spans], 1)
+
+    assert torch.equal(decode(manager, 1), decode(None, 1))
+    assert manager.used() == {"cache"}
+    assert torch.equal(decode(manager, 20), decode(None, 20))  # a prompt is a whole attention
+    assert manager.used() == {"cache", "query", "key", "value", "output"}
+
+
+def test_an_attribute_that_cannot_be_called_makes_no_manager() -> None:
+    class Named(Lender):
+        allocator = "of this name"
+
+    lender = Named()
+    assert checks.resources(lender, None).manager is None
+    results = run(CASE, torch.float32, allocator=lender)
+    assert lender.owns(results.out)
+
+
+def test_a_manager_that_allocates_nothing_itself_is_refused() -> None:
+    class Kinds:
+        def allocator(self, kind: str) -> Lender:
+            return Lender()
+
+    query, key, value, _ = CASE.problem(torch.float32)
+    with pytest.raises(TypeError, match=r"allocator: expected an object with empty.*got Kinds"):
+        dilated_attention(query, key, value, *CASE.pattern, allocator=Kinds())  # type: ignore[arg-type]
+
+
+def test_resources_are_a_value() -> None:
+    manager, lender = Manager(), Lender()
+    assert checks.resources(None, None) is checks.resources(None, None)
+    assert checks.resources(manager, None) == checks.resources(manager, None) != checks.resources(lender, None)
+    assert checks.resources(manager, None).manager is manager
+    copy = pickle.loads(pickle.dumps(checks.resources(manager, None)))
+    assert copy.manager is copy.allocator
+
+
+def test_a_manager_steps_aside_where_pytorch_traces() -> None:
+    torch._dynamo.reset()
+    manager = Manager()
+    query, key, value, _ = CASE.problem(torch.float32)
+
+    def call(*qkv: Tensor) -> Tensor:
+        return dilated_attention(*qkv, *CASE.pattern, allocator=manager)
+
+    traced = torch.compile(call, fullgraph=True, backend="aot_eager")(query, key, value)
+    assert not manager.used()
+    torch.testing.assert_close(traced, call(query, key, value))
+    assert manager.used()

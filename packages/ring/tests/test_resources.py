@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import gc
+import importlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from dense_cases import Way, dense
+from dense_cases import run as dense_run
 from ring_cases import EXCHANGES, MIXED_CASES, Case, Results, joined, run, run_rank
 from torch import Tensor
 
-from dilated_core import Allocator, PatternStore
+from dilated_core import Allocator, AuxRequest, DilatedKVCache, PatternStore, decode_step
 from dilated_core.plan import SEMANTICS
-from dilated_ring import dilated_ring_attention
+from dilated_core.resources import BufferKind
+from dilated_ring import dilated_ring_attention, streamed_attention
 from dilated_ring.comm import Comm, run_ranks
 
 both_exchanges = pytest.mark.parametrize("exchange", EXCHANGES[1:])
@@ -46,6 +50,31 @@ class Lender:
         return any(address == lent.untyped_storage().data_ptr() for lent in self.lent)
 
 
+class Manager:
+    """A buffer manager that remembers what it lent of each kind, and is never asked for a buffer of none."""
+
+    def __init__(self) -> None:
+        self.kinds = {kind: Lender() for kind in get_args(BufferKind)}
+
+    def allocator(self, kind: str) -> Lender:
+        return self.kinds[kind]
+
+    def empty(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        raise AssertionError(f"a buffer of {tuple(size)} that is of no kind")
+
+    def used(self) -> set[str]:
+        return {kind for kind, lender in self.kinds.items() if lender.lent}
+
+    def dtypes(self, *kinds: str) -> set[torch.dtype]:
+        return {tensor.dtype for kind in kinds for tensor in self.kinds[kind].lent}
+
+    def owns(self, results: Results) -> bool:
+        """Whether each result lies in memory of its kind."""
+        kinds = ("output", "output", "query", "key", "value")
+        pairs = zip(kinds, results.each(), strict=True)
+        return all(self.kinds[kind].owns(tensor) for kind, tensor in pairs if tensor.numel())
+
+
 class Poisoned:
     """A memory pool that overwrites what it lends again: whoever still used it would see."""
 
@@ -60,7 +89,7 @@ class Poisoned:
 @pytest.fixture
 def pool() -> Iterator[Any]:
     """The real one, without a size below which it steps aside."""
-    memory_pool = pytest.importorskip("dilated_memory_pool")
+    memory_pool = importlib.import_module("dilated_memory_pool")
     with memory_pool.MemoryPool("host", min_bytes=0) as made:
         yield made
 
@@ -213,3 +242,99 @@ def test_one_store_serves_all_ranks_and_is_a_pattern_store() -> None:
     first, again = (run(CASE, torch.float64, with_lse=True, patterns=store) for _ in range(2))
     assert same(first, again)
     assert len(store) == CASE.ranks
+
+
+# ------------------------------------------------------------------------------------------------ kinds
+
+QKV = {"query", "key", "value"}
+
+
+@both_ways
+@both_exchanges
+@every_kind
+def test_a_manager_lends_by_kind_and_changes_no_bit(case: Case, exchange: str, refetch: bool) -> None:
+    case = replace(case, exchange=exchange, refetch=refetch)
+    managers = [Manager() for _ in range(case.ranks)]
+
+    def work(comm: Comm) -> Results:
+        results = run_rank(case, torch.float32, comm, with_lse=True, allocator=managers[comm.rank])
+        assert managers[comm.rank].owns(results)
+        return results
+
+    assert same(joined(run_ranks(case.ranks, work)), run(case, torch.float32, with_lse=True))
+    masks = {"mask"} if case.mask != "none" else set()
+    # A rank without rows needs no scratch, nor a mask.
+    assert set().union(*(manager.used() for manager in managers)) == {*QKV, "output", "temp", "comm", *masks}
+    for manager in managers:
+        assert manager.used() >= {*QKV, "output", "comm"}
+        assert manager.dtypes(*QKV, "output", "temp") == {torch.float32}
+        assert manager.dtypes("mask") <= {torch.bool, torch.uint8}
+
+
+@both_exchanges
+def test_sums_that_are_yet_to_be_rounded_are_of_the_kind_temp(exchange: str) -> None:
+    case = replace(CASE, exchange=exchange)
+    manager = Manager()
+    assert same(run(case, torch.bfloat16, with_lse=True, allocator=manager), run(case, torch.bfloat16, with_lse=True))
+    assert torch.float32 in manager.dtypes("temp")
+    assert manager.dtypes(*QKV) == {torch.bfloat16}
+    assert all(tensor.ndim == 3 for tensor in manager.kinds["output"].lent if tensor.dtype == torch.float32)  # lse
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("way", [Way(), Way(3), Way(1, 3), Way(2, 2)], ids=str)
+def test_dense_attention_is_lent_by_kind(way: Way, dtype: torch.dtype) -> None:
+    case = dense(2, 24, 4, 8, kv_heads=2, is_causal=True, mask="random")
+    manager = Manager()
+    lent = dense_run(case, way, dtype, allocator=manager)
+    assert same(lent, dense_run(case, way, dtype))
+    assert ("comm" in manager.used()) == (way.size > 1)
+    assert ("mask" in manager.used()) == (way.heads > 1)  # in a ring it is part of a message
+    assert {"output", "temp"} <= manager.used()
+    assert torch.float32 not in manager.dtypes(*QKV) or dtype is torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_streamed_attention_is_lent_by_kind(dtype: torch.dtype) -> None:
+    *leaves, cotangent = (tensor.to(dtype).requires_grad_() for tensor in torch.randn(4, 2, 40, 2, 8))
+
+    def run_streamed(**options: Any) -> Results:
+        out, aux = streamed_attention(*leaves, ring_size=3, return_aux=AuxRequest(lse=True), **options)
+        return Results(out.detach(), aux.lse.detach(), *torch.autograd.grad(out, leaves, cotangent))
+
+    manager = Manager()
+    lent = run_streamed(allocator=manager)
+    assert same(lent, run_streamed())
+    assert manager.owns(lent)
+    assert manager.dtypes(*QKV) == {dtype}
+    # On a CPU float32 sums are the results; others are float32, and rounded.
+    assert manager.used() == {*QKV, "output"} | ({"temp"} if dtype is torch.bfloat16 else set())
+    assert manager.dtypes("temp") <= {torch.float32}
+
+
+def test_a_buffer_manager_counts_by_kind_and_gets_all_back() -> None:
+    """The real one, of a ring and of decoding."""
+    attention = importlib.import_module("dilated_memory_pool.attention")
+    policies = {kind: replace(policy, min_bytes=0) for kind, policy in attention.DEFAULT_POLICIES.items()}
+    case = replace(CASE, mask="random")
+    query, key, value, _ = case.problem(torch.float64)
+    with attention.AttentionBufferManager("host", policies=policies) as manager:
+        for _ in range(2):
+            assert same(
+                run(case, torch.float64, with_lse=True, allocator=manager), run(case, torch.float64, with_lse=True)
+            )
+        cache = DilatedKVCache(
+            *case.pattern,
+            batch_size=case.batch,
+            num_heads=case.heads,
+            head_dim=case.head_dim,
+            dtype=torch.float64,
+            allocator=manager,
+        )
+        out = decode_step(query[:, :1], key[:, :1], value[:, :1], cache)
+        assert manager.statistics("cache").allocated_bytes > 0
+        used = {kind.value for kind, numbers in manager.statistics().items() if numbers.peak_allocated_bytes > 0}
+        assert used == {*QKV, "output", "temp", "comm", "mask", "cache"}
+        del cache, out
+        gc.collect()
+        assert {numbers.allocated_bytes for numbers in manager.statistics().values()} == {0}

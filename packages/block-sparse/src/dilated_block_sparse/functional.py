@@ -111,8 +111,8 @@ def block_sparse_attention(
         backend: "tiles", dense kernels on the plan's rectangles; "flex", PyTorch's compiled FlexAttention; "auto":
             tiles on a CPU, elsewhere flex where it can run. What a backend cannot do raises.
         kernel: of "tiles": a name from ``dilated_core.kernels.table()``, or "auto" for the first that can run.
-        allocator: where results and buffers are allocated; torch.empty by default. What a kernel allocates stays its
-            own.
+        allocator: where results and buffers are allocated, by kind where it is a BufferManager; torch.empty by default.
+            What a kernel allocates stays its own.
         patterns: where plans are kept between calls, instead of with the layout itself. Neither it nor ``allocator``
             is used while PyTorch traces (compile, export), nor by "flex".
         return_aux: ``AuxRequest(lse=True)`` to have the lse too.

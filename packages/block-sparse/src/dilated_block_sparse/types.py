@@ -23,6 +23,8 @@ from dilated_core import checks as core_checks
 
 # What sparsity_ratio alone means.
 DEFAULT_PATTERN = "dilated_sparse"
+# The options by which the factory lends what it has to any type.
+_LENT = ("allocator", "patterns", "kernel")
 # Tokens in a block, as of BlockLayout's constructors.
 DEFAULT_BLOCK = 128
 
@@ -102,7 +104,8 @@ def _builder(module: Callable[..., nn.Module], like: type[nn.Module] | None = No
     Args:
         module: called with ``layout=`` and what else it is built with.
         like: the class whose parameters, with those of ``choose_layout`` in the place of its layout, are the options
-            that the builder's signature shows. None for any: the module refuses those it does not know.
+            that the builder's signature shows. None for any: the module refuses those it does not know, and of its own
+            the signature shows those by which pools, caches and kernels are given.
     """
     of_layout = inspect.signature(choose_layout).parameters
 
@@ -111,10 +114,11 @@ def _builder(module: Callable[..., nn.Module], like: type[nn.Module] | None = No
         chosen = choose_layout(**own, is_causal=options.get("is_causal", False))
         return module(layout=chosen, **options)
 
-    if like is not None:
-        others = [one for name, one in inspect.signature(like).parameters.items() if name not in of_layout]
-        shown = [one.replace(kind=one.KEYWORD_ONLY) for one in (*of_layout.values(), *others)]
-        build.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    own = inspect.signature(like or BlockSparseAttention).parameters
+    others = [one for name, one in own.items() if name not in of_layout and (like or name in _LENT)]
+    shown = [one.replace(kind=one.KEYWORD_ONLY) for one in (*of_layout.values(), *others)]
+    rest = [] if like else [inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)]
+    build.__signature__ = inspect.Signature([*shown, *rest])  # type: ignore[attr-defined]
     return build
 
 

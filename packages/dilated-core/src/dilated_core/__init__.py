@@ -9,13 +9,14 @@ from dilated_core.maps import AttentionMap, attention_map
 from dilated_core.modules import DilatedAttention, MultiheadDilatedAttention
 from dilated_core.partial import Partial, merge
 from dilated_core.pattern import DilatedPattern
-from dilated_core.resources import Allocator, PatternStore
+from dilated_core.resources import Allocator, BufferManager, PatternStore
 
 __all__ = [
     "Allocator",
     "AttentionMap",
     "AuxOutput",
     "AuxRequest",
+    "BufferManager",
     "DilatedAttention",
     "DilatedKVCache",
     "DilatedPattern",

@@ -271,4 +271,4 @@ def resources(allocator: object, patterns: object) -> Resources:
     ):
         if value is not None and not isinstance(value, protocol):
             raise TypeError(f"{name}: expected an object with {method}, or None, got {type(value).__name__}")
-    return NO_RESOURCES if allocator is None and patterns is None else Resources(allocator, patterns)  # type: ignore[arg-type]
+    return NO_RESOURCES if allocator is None and patterns is None else Resources.of(allocator, patterns)  # type: ignore[arg-type]

@@ -119,8 +119,8 @@ def dilated_attention(
         kernel: a name from ``dilated_core.kernels.table()``, or "auto" for the first that can run.
         fused: False runs the plain composition of torch operations instead of the one fused operator.
         return_aux: ``AuxRequest(lse=True)`` to have the lse too.
-        allocator: where results and scratch are allocated; torch.empty by default. What a kernel allocates itself stays
-            its own, the output where one tile's is the first sum among it.
+        allocator: where results and scratch are allocated, by kind where it is a BufferManager; torch.empty by default.
+            What a kernel allocates itself stays its own, the output where one tile's is the first sum among it.
         patterns: where plans are kept between calls; planned anew by default. Neither it nor ``allocator`` is used
             while PyTorch traces (compile, export), nor by ``fused=False``.
 

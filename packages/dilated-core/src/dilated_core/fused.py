@@ -23,7 +23,7 @@ from torch import Tensor
 from dilated_core.kernels import Dropout, Kernel, Needs, Problem, choose, rows_for_backward, tile_backward
 from dilated_core.partial import accumulation_dtype
 from dilated_core.plan import Tile, make_tiles
-from dilated_core.resources import NO_RESOURCES, Resources
+from dilated_core.resources import NO_RESOURCES, OF_QKV, BufferKind, Resources
 from dilated_core.tiles import add_tile, attend_tile, make_problem, merge_tile
 
 # Elements gathered of each tensor at a time. On a CPU 4 MiB of float32: long calls that still lie in the shared cache.
@@ -33,6 +33,9 @@ GATHER_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 # all of it is smaller than what is gathered anyway.
 HALF_PRECISION_BLOCKS = 4
 ALL = slice(None)
+# What the sums of a plan's tiles are allocated as: results of the forward, or what is yet to be rounded or copied.
+OF_RESULTS: tuple[BufferKind, BufferKind] = ("output", "output")
+OF_SUMS: tuple[BufferKind, BufferKind, BufferKind] = ("temp", "temp", "temp")
 
 
 class Options(NamedTuple):
@@ -103,24 +106,24 @@ class Span(NamedTuple):
                     last = min(first + segments, tile.segments)
                     yield tile if segments == tile.segments else tile.part(first, last), chosen
 
-    def gather(self, tile: Tile, tensor: Tensor) -> Tensor:
+    def gather(self, tile: Tile, tensor: Tensor, kind: BufferKind = "temp") -> Tensor:
         """The tile's rows for the kernels, (batch * segments, heads, rows, ...): a view where it can be one."""
         lanes = tile.lanes(tensor)
         if lanes is None:
             view = tile.view(tensor)
-            rows = self.resources.empty(view.shape, dtype=view.dtype, device=view.device).copy_(view)
+            rows = self.resources.empty(view.shape, dtype=view.dtype, device=view.device, kind=kind).copy_(view)
             lanes = rows.view(-1, tile.heads, tile.rows, *view.shape[5:])
         return lanes
 
     def problem(self, tile: Tile, batch: slice, qkv: list[Tensor], number: int) -> Problem | None:
         """What the kernel is to attend; None where all keys are padding and nothing stands in for them."""
-        q, k, v = (self.gather(tile, _at(tensor, batch)) for tensor in qkv)
+        q, k, v = (self.gather(tile, _at(tensor, batch), kind) for tensor, kind in zip(qkv, OF_QKV, strict=True))
         options = self.options
         dropout = None if self.seed is None else Dropout(options.dropout_p, (self.seed + number) % 2**63)
         real = None
         if self.real is not None:
             mask = _at(self.real, batch)
-            real = self.gather(tile, mask.unsqueeze(-1).expand(*mask.shape, qkv[1].shape[2]))
+            real = self.gather(tile, mask.unsqueeze(-1).expand(*mask.shape, qkv[1].shape[2]), "mask")
         return make_problem(
             q,
             k,
@@ -248,28 +251,33 @@ def forward(
     blocks = _head_blocks(query, key)
     dtype = accumulation_dtype(query.dtype)
     if len(spans) == len(blocks) == 1 and dtype == query.dtype:
-        out, lse = _forward_block(engine, spans[0][1], blocks[0], qkv)
+        out, lse = _forward_block(engine, spans[0][1], blocks[0], qkv, OF_RESULTS)
         return out, lse.transpose(1, 2)
-    out = resources.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = resources.empty(query.shape[:-1], dtype=dtype, device=query.device)
+    out = resources.empty(query.shape, dtype=query.dtype, device=query.device, kind="output")
+    lse = resources.empty(query.shape[:-1], dtype=dtype, device=query.device, kind="output")
     for positions, span in spans:
         for block in blocks:
             part = [tensor[:, positions, heads] for tensor, heads in zip(qkv, block.of_qkv(), strict=True)]
-            _write((out, lse), positions, block.queries, _forward_block(engine, span, block, part))
+            _write((out, lse), positions, block.queries, _forward_block(engine, span, block, part, OF_SUMS[:2]))
     return out, lse.transpose(1, 2)
 
 
-def _forward_block(engine: Kernel, span: Span, block: HeadBlock, qkv: list[Tensor]) -> tuple[Tensor, Tensor]:
+def _forward_block(
+    engine: Kernel, span: Span, block: HeadBlock, qkv: list[Tensor], kinds: tuple[BufferKind, BufferKind]
+) -> tuple[Tensor, Tensor]:
     """out and lse of the block's heads, (batch, seq, heads, ...), in the accumulation dtype."""
     tiles = span.tiles(qkv[0].shape[1], block.chosen())
-    return forward_tiles(engine, span.apart(block.queries.start), tiles, qkv)
+    return forward_tiles(engine, span.apart(block.queries.start), tiles, qkv, kinds)
 
 
-def forward_tiles(engine: Kernel, span: Span, tiles: list[Tile], qkv: list[Tensor]) -> tuple[Tensor, Tensor]:
+def forward_tiles(
+    engine: Kernel, span: Span, tiles: list[Tile], qkv: list[Tensor], kinds: tuple[BufferKind, BufferKind]
+) -> tuple[Tensor, Tensor]:
     """out and lse of a plan's tiles, (batch, seq, heads, ...), in the accumulation dtype; 0 and -inf where none lies.
 
     Args:
         tiles: rate 1 first; qkv: (batch, seq, heads, head_dim), of as many heads, last stride 1.
+        kinds: what out and lse are allocated as.
     """
     query = qkv[0]
     dtype = accumulation_dtype(query.dtype)
@@ -282,8 +290,8 @@ def forward_tiles(engine: Kernel, span: Span, tiles: list[Tile], qkv: list[Tenso
         whole, *tiles = tiles
         out, lse = (_ungather(whole, rows).to(dtype) for rows in attend(whole, ALL, 0) or ())
     else:
-        out = span.resources.empty(query.shape, dtype=dtype, device=query.device).zero_()
-        lse = span.resources.empty(query.shape[:-1], dtype=dtype, device=query.device).fill_(-math.inf)
+        out = span.resources.empty(query.shape, dtype=dtype, device=query.device, kind=kinds[0]).zero_()
+        lse = span.resources.empty(query.shape[:-1], dtype=dtype, device=query.device, kind=kinds[1]).fill_(-math.inf)
     for number, (tile, batch) in enumerate(span.parts(tiles, query), 1):
         partial = attend(tile, batch, number)
         if partial is not None:
@@ -321,15 +329,18 @@ def backward(
     by_key = [_last_stride_1(tensor) for tensor in (key, value)]
     spans, blocks = list(_spans(query, extras, options, resources)), _head_blocks(query, key)
     if len(spans) == len(blocks) == 1 and accumulation_dtype(query.dtype) == query.dtype:
-        grad_query, grad_key, grad_value = _backward_block(spans[0][1], blocks[0], by_query, by_key, [])
+        grad_query, grad_key, grad_value = _backward_block(spans[0][1], blocks[0], by_query, by_key, [], OF_QKV)
         return grad_query, grad_key, grad_value
-    grads = [resources.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (query, key, value)]
+    grads = [
+        resources.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, kind=kind)
+        for tensor, kind in zip((query, key, value), OF_QKV, strict=True)
+    ]
     for positions, span in spans:
         kv_sums: list[Tensor] = []
         for block in blocks:
             queries = [tensor[:, positions, block.queries] for tensor in by_query]
             keys = [tensor[:, positions, block.keys] for tensor in by_key]
-            sums = _backward_block(span, block, queries, keys, kv_sums)
+            sums = _backward_block(span, block, queries, keys, kv_sums, OF_SUMS)
             _write(grads[:1], positions, block.queries, sums[:1])
             kv_sums = sums[1:]
             if block is blocks[-1] or block.keys != blocks[-1].keys:  # no other block adds to these
@@ -346,15 +357,25 @@ def _write(results: Iterable[Tensor], positions: slice, heads: slice, sums: Iter
 
 
 def _backward_block(
-    span: Span, block: HeadBlock, by_query: list[Tensor], by_key: list[Tensor], kv_sums: list[Tensor]
+    span: Span,
+    block: HeadBlock,
+    by_query: list[Tensor],
+    by_key: list[Tensor],
+    kv_sums: list[Tensor],
+    kinds: tuple[BufferKind, BufferKind, BufferKind],
 ) -> list[Tensor]:
     """Gradients of the block's query, key and value heads, (batch, seq, heads, head_dim), in the accumulation dtype."""
     tiles = span.tiles(by_query[0].shape[1], block.chosen())
-    return backward_tiles(span.apart(block.queries.start), tiles, by_query, by_key, kv_sums)
+    return backward_tiles(span.apart(block.queries.start), tiles, by_query, by_key, kv_sums, kinds)
 
 
 def backward_tiles(
-    span: Span, tiles: list[Tile], by_query: list[Tensor], by_key: list[Tensor], kv_sums: list[Tensor]
+    span: Span,
+    tiles: list[Tile],
+    by_query: list[Tensor],
+    by_key: list[Tensor],
+    kv_sums: list[Tensor],
+    kinds: tuple[BufferKind, BufferKind, BufferKind],
 ) -> list[Tensor]:
     """Gradients of query, key and value by a plan's tiles, (batch, seq, heads, head_dim), in the accumulation dtype.
 
@@ -363,6 +384,7 @@ def backward_tiles(
         by_query: query, grad_out, out, lse and, where there is one, grad_lse; (batch, seq, heads, ...).
         by_key: key and value.
         kv_sums: those of key and value so far, added to and returned; empty for none.
+        kinds: what the gradients of query, key and value are allocated as.
     """
     query = by_query[0]
     dtype = accumulation_dtype(query.dtype)
@@ -387,7 +409,11 @@ def backward_tiles(
             total.add_(earlier)
     else:
         missing = shapes[: len(shapes) - len(kv_sums)]
-        sums = [span.resources.empty(shape, dtype=dtype, device=query.device).zero_() for shape in missing] + kv_sums
+        sums = [
+            span.resources.empty(shape, dtype=dtype, device=query.device, kind=kind).zero_()
+            for shape, kind in zip(missing, kinds, strict=False)
+        ]
+        sums += kv_sums
     for number, (tile, batch) in enumerate(span.parts(tiles, query), 1):
         grads = gradients(tile, batch, number)
         if grads is not None:

@@ -18,7 +18,7 @@ from dilated_block_sparse.engine.work import Extras, Options, Work, last_stride_
 from dilated_block_sparse.layout import BlockLayout
 from dilated_core.kernels import rows_for_backward, tile_backward
 from dilated_core.partial import accumulation_dtype
-from dilated_core.resources import NO_RESOURCES, Resources
+from dilated_core.resources import NO_RESOURCES, OF_QKV, Resources
 
 SUMS = ("grad_query", "grad_key", "grad_value")
 
@@ -50,7 +50,10 @@ def backward(
     ``out`` and ``lse`` may be those of a larger softmax that the forward's were merged into.
     """
     dtype = accumulation_dtype(query.dtype)
-    grads = [resources.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device) for tensor in (query, key, value)]
+    grads = [
+        resources.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, kind=kind)
+        for tensor, kind in zip((query, key, value), OF_QKV, strict=True)
+    ]
     grad_bias = None if extras.bias is None else torch.zeros_like(extras.bias, dtype=dtype)
     if query.numel() == 0 or key.numel() == 0:
         none = None if extras.bias is None else torch.zeros_like(extras.bias)

@@ -81,6 +81,7 @@ def _attend(engine: Kernel, work: Work, query: Tensor, key: Tensor, value: Tenso
 
 def results_of_forward(query: Tensor, resources: Resources = NO_RESOURCES) -> tuple[Tensor, Tensor]:
     """Tensors shaped like the results. lse lies in memory as (batch, q_len, heads)."""
-    out = resources.empty(query.shape, dtype=query.dtype, device=query.device)
-    lse = resources.empty(query.shape[:-1], dtype=accumulation_dtype(query.dtype), device=query.device)
+    dtype = accumulation_dtype(query.dtype)
+    out = resources.empty(query.shape, dtype=query.dtype, device=query.device, kind="output")
+    lse = resources.empty(query.shape[:-1], dtype=dtype, device=query.device, kind="output")
     return out, lse.transpose(1, 2)

@@ -15,11 +15,21 @@ import torch
 from torch import Tensor
 
 from dilated_block_sparse.plan import Axis
-from dilated_core.resources import Resources
+from dilated_core.resources import BufferKind, Resources
 
 # Elements gathered of each tensor at a time, or an eighth of the query's if that is more: on a CPU what its shared
 # cache holds, on a GPU what fills the card. Half as many in half precision, around which much is float32.
 GATHER_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+
+# What a buffer of a name is allocated as: copies of rows, and of all rows of a head block. Every other is "temp".
+KINDS: dict[str, BufferKind] = {
+    "query": "query",
+    "key": "key",
+    "keys": "key",
+    "value": "value",
+    "values": "value",
+    "real": "mask",
+}
 
 
 def budget(tensor: Tensor) -> int:
@@ -43,7 +53,8 @@ class Scratch:
         buffer = self.buffers.get(name)
         if buffer is None or buffer.numel() < size or buffer.dtype != dtype:
             self.buffers.pop(name, None)
-            buffer = self.buffers[name] = self.resources.empty((size,), dtype=dtype, device=self.device)
+            kind = KINDS.get(name, "temp")
+            buffer = self.buffers[name] = self.resources.empty((size,), dtype=dtype, device=self.device, kind=kind)
         return buffer[:size].view(*shape)
 
     def contiguous(self, name: str, tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from dilated_block_sparse.engine import Extras, Options
 from dilated_block_sparse.ring.exchange import Arrivals, start
 from dilated_block_sparse.ring.rank_plan import Part, RankPlan
 from dilated_core.partial import accumulation_dtype, merge_in_place
-from dilated_core.resources import Resources
+from dilated_core.resources import OF_QKV, BufferKind, Resources
 from dilated_ring.comm import Comm, Purpose
 
 
@@ -101,7 +101,8 @@ class Rank:
         if not plan.travels:
             return lambda: None
         size = (own.key.shape[0], plan.tokens, *own.key.shape[2:])
-        into = [self.resources.empty(size, dtype=own.key.dtype, device=own.key.device) for _ in range(2)]
+        dtype, device = own.key.dtype, own.key.device
+        into = [self.resources.empty(size, dtype=dtype, device=device, kind=kind) for kind in OF_QKV[1:]]
         if not plan.complete:  # what is dead in some heads, or lies here, does not come
             for tensor in into:
                 tensor.zero_()
@@ -110,7 +111,7 @@ class Rank:
         real = None
         if own.real is not None:
             # As bytes, which all backends send; 0 where nothing comes.
-            real = self.resources.empty(size[:2], dtype=torch.uint8, device=own.key.device).zero_()
+            real = self.resources.empty(size[:2], dtype=torch.uint8, device=device, kind="mask").zero_()
             purpose = Purpose("padding", phase)
             sent = [own.real.to(torch.uint8)]
             waits.append(start(self.comm, self.resources, sent, plan.lent_mask, [real], plan.gathered_mask, purpose))
@@ -142,8 +143,9 @@ class Rank:
         """Results of rows that have no key."""
         batch, rows, heads, _ = self.query.shape
         dtype, device = accumulation_dtype(self.query.dtype), self.query.device
-        out = self.resources.empty(self.query.shape, dtype=self.query.dtype, device=device).zero_()
-        return out, self.resources.empty((batch, heads, rows), dtype=dtype, device=device).fill_(-math.inf)
+        out = self.resources.empty(self.query.shape, dtype=self.query.dtype, device=device, kind="output").zero_()
+        lse = self.resources.empty((batch, heads, rows), dtype=dtype, device=device, kind="output")
+        return out, lse.fill_(-math.inf)
 
     # -------------------------------------------------------------------------------------------- backward
 
@@ -202,7 +204,9 @@ class Rank:
         """Sums of the own keys' gradients, zero, and a wait that adds to them what others made of these keys."""
         plan, key = self.plan, self.own.key
         dtype, device = accumulation_dtype(key.dtype), key.device
-        sums = [self.resources.empty(key.shape, dtype=dtype, device=device).zero_() for _ in range(2)]
+        # The gradients, or yet to be rounded.
+        kinds: tuple[BufferKind, ...] = OF_QKV[1:] if dtype == key.dtype else ("temp", "temp")
+        sums = [self.resources.empty(key.shape, dtype=dtype, device=device, kind=kind).zero_() for kind in kinds]
         if not plan.travels:
             return sums, lambda: None
         grads = [key[:, :0]] * 2 if far is None else [grad.to(key.dtype) for grad in far[1:]]

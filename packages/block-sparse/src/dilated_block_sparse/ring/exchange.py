@@ -41,7 +41,8 @@ def start(
     outgoing_counts, incoming_counts = _counts(sent, tensors), _counts(received, into)
     dtype, device = tensors[0].dtype, tensors[0].device
     outgoing, incoming = (
-        resources.empty((sum(counts),), dtype=dtype, device=device) for counts in (outgoing_counts, incoming_counts)
+        resources.empty((sum(counts),), dtype=dtype, device=device, kind="comm")
+        for counts in (outgoing_counts, incoming_counts)
     )
     for stretch, rows, tensor in _stretches(outgoing, sent, tensors):
         rows.take(tensor, stretch)

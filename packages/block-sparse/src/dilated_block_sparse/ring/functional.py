@@ -106,7 +106,8 @@ def block_sparse_ring_attention(
         refetch: False keeps gathered keys for the backward; True frees them and gathers them again.
         verify: whether ranks compare how they were called before keys travel, in a small exchange of its own. Without
             it, and with ``bounds``, that is saved, and a difference between ranks is undefined behaviour.
-        allocator: where results, buffers and scratch are allocated; torch.empty by default.
+        allocator: where results, buffers and scratch are allocated, by kind where it is a BufferManager; torch.empty by
+            default.
         patterns: where plans are kept between calls; with the layout by default.
         return_aux: ``AuxRequest(lse=True)`` to have the lse of this rank's rows too; on all ranks or on none.
 

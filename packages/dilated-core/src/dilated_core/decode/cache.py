@@ -47,7 +47,7 @@ class DilatedKVCache:
         semantics: "paper", "torchscale" or "grouped", as in ``dilated_attention``.
         dtype: float64, float32, bfloat16 or float16, of the rows kept and of all tensors to come.
         device: theirs too; None for torch's default.
-        allocator: where the rows are allocated; torch.empty by default.
+        allocator: where the rows are allocated, as kind "cache" of a BufferManager; torch.empty by default.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type or value.
@@ -154,7 +154,7 @@ class DilatedKVCache:
         with torch.inference_mode(False):  # a normal tensor in any case: steps outside inference_mode write to it too
             if math.prod(size) == 0:  # nothing to ask an allocator for
                 return torch.empty(size, dtype=self.dtype, device=self.device)
-            return self.resources.empty(size, dtype=self.dtype, device=self.device)
+            return self.resources.empty(size, dtype=self.dtype, device=self.device, kind="cache")
 
     def check_advance(self, counts: Sequence[int]) -> None:
         """Refuse tokens that the semantics cannot take, before anything changes.

@@ -97,7 +97,7 @@ def _compare(comm: Comm, own: _Call) -> tuple[list[int], int]:
     if comm.size == 1:
         return [own.length], ticket
     text = json.dumps(own.fields).encode()  # ASCII; newlines and lone surrogates are escaped
-    header = torch.tensor([own.refused, own.length, len(text), ticket, *own.digest()], dtype=torch.int64)
+    header = torch.tensor([own.refused, own.length, len(text), ticket, *own.digest()], dtype=torch.int64, device="cpu")
     headers = [part.tolist() for part in _from_all(comm, header)]
     digests = [digest for _, _, _, _, *digest in headers]
     refused = [bool(refused) for refused, *_ in headers]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dilated_core.resources import Resources
+from dilated_core.resources import OF_QKV, BufferKind, Resources
 from dilated_ring.dense.chunks import Chunks
 from dilated_ring.dense.engine import Engine, Keys, last_stride_1
 from dilated_ring.dense.ring import Ring
@@ -147,9 +147,11 @@ class Rank:
             return inputs
         query, key, value, real = inputs
         lanes = [self._to_lanes(query), key, value]
+        kinds: list[BufferKind] = [*OF_QKV]
         if real is not None:  # as if it were of every head, a byte beside 2 * head_dim numbers and more
             lanes.append(real.unsqueeze(-1).expand(*real.shape, self.kv_heads))
-        query, key, value, *masks = self.exchange.to_heads(lanes, "queries, keys and values", phase)
+            kinds.append("mask")
+        query, key, value, *masks = self.exchange.to_heads(lanes, "queries, keys and values", phase, kinds)
         if masks:
             real = masks[0][:, :, 0] if masks[0].shape[2] else masks[0].new_ones(masks[0].shape[:2])
         return Inputs(query.flatten(2, 3), key, value, real)
@@ -194,7 +196,7 @@ class Rank:
         if self.exchange is None:
             return results, results
         lanes = [self._to_lanes(tensor) for tensor in results]
-        out, lse = self.exchange.to_rows(lanes, "results", "forward")
+        out, lse = self.exchange.to_rows(lanes, "results", "forward", ["output", "output"])
         return Results(out.flatten(2, 3), lse.flatten(2, 3)), results
 
     def backward(
@@ -224,6 +226,7 @@ class Rank:
         # Copies: in the ring the sums of key's and value's are one tensor, and results are to share no memory.
         grads = [engine.grad_query.to(query.dtype), *(grad.to(query.dtype, copy=True) for grad in by_key)]
         if self.exchange is not None:
-            grads = self.exchange.to_rows([self._to_lanes(grads[0]), *grads[1:]], "gradients", "backward")
+            lanes = [self._to_lanes(grads[0]), *grads[1:]]
+            grads = self.exchange.to_rows(lanes, "gradients", "backward", OF_QKV)
             grads[0] = grads[0].flatten(2, 3)
         return grads[0], grads[1], grads[2]

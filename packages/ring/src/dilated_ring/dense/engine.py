@@ -17,7 +17,7 @@ from torch import Tensor
 from dilated_core.kernels import Kernel, Problem, choose, rows_for_backward, tile_backward
 from dilated_core.kernels.needs import Needs
 from dilated_core.partial import accumulation_dtype
-from dilated_core.resources import Resources
+from dilated_core.resources import BufferKind, Resources
 from dilated_core.tiles import add_tile, attend_tile, make_problem, merge_tile
 from dilated_ring.dense.sharding import Pieces, rows_of
 
@@ -108,23 +108,25 @@ class Engine:
         self.pieces, self.kv_heads, self.is_causal, self.scale = pieces, kv_heads, is_causal, scale
         self.masked, self.kernel, self.resources = masked, kernel, resources
         self.dtype = accumulation_dtype(query.dtype)
+        self.rounds = self.dtype != query.dtype  # whether sums are more precise than the results
         self.blocks = query.shape[2] // kv_heads if kv_heads else 1
         self.shape, self.device = query.shape, query.device
         self.query = self._by_block(last_stride_1(query))
 
-    def empty(self, *size: int) -> Tensor:
+    def empty(self, *size: int, kind: BufferKind = "temp") -> Tensor:
         """Room for a sum."""
-        return self.resources.empty(size, dtype=self.dtype, device=self.device)
+        return self.resources.empty(size, dtype=self.dtype, device=self.device, kind=kind)
 
-    def zeros(self, *size: int) -> Tensor:
+    def zeros(self, *size: int, kind: BufferKind = "temp") -> Tensor:
         """A sum of nothing."""
-        return self.empty(*size).zero_()
+        return self.empty(*size, kind=kind).zero_()
 
     # -------------------------------------------------------------------------------------------- forward
 
     def start_forward(self) -> None:
         """Begin with no keys: out 0, lse -inf."""
-        self.out, self.lse = self.zeros(*self.shape), self.zeros(*self.shape[:-1]).fill_(-math.inf)
+        self.out = self.zeros(*self.shape, kind="temp" if self.rounds else "output")
+        self.lse = self.empty(*self.shape[:-1], kind="output").fill_(-math.inf)
         self.engine: Kernel = choose(
             self.kernel, self.device, self.query.dtype, self.shape[-1], Needs(mask=self.masked)
         )
@@ -147,7 +149,7 @@ class Engine:
             grad_out, out: like query; grad_lse, lse: (batch, rows, heads); grad_lse None for none.
         """
         lse, grad_lse = rows_for_backward(lse, grad_lse)
-        self.grad_query = self.zeros(*self.shape)
+        self.grad_query = self.zeros(*self.shape, kind="temp" if self.rounds else "query")
         self.by_row = [self._by_block(rows) for rows in (last_stride_1(grad_out), last_stride_1(out), lse)]
         self.grad_lse = None if grad_lse is None else self._by_block(grad_lse)
 

@@ -117,7 +117,8 @@ def ring_attention(
         verify: whether ranks compare how they were called before rows travel, in a small exchange of its own. Without
             it, and with ``bounds``, that is saved, and a difference between ranks is undefined behaviour.
         kernel: a name from ``dilated_core.kernels.table()``, or "auto" for the first that can run.
-        allocator: where results, buffers and sums are allocated; torch.empty by default, and under torch.compile.
+        allocator: where results, buffers and sums are allocated, by kind where it is a BufferManager; torch.empty by
+            default, and under torch.compile.
         return_aux: ``AuxRequest(lse=True)`` to have the lse of this rank's rows too, (batch, heads, local seq); on all
             ranks or on none.
 

@@ -124,7 +124,7 @@ class Ring:
         yield held
 
     def _bytes(self, count: int) -> Tensor:
-        return self.resources.empty((count,), dtype=torch.uint8, device=self.own.key.device)
+        return self.resources.empty((count,), dtype=torch.uint8, device=self.own.key.device, kind="comm")
 
     def _nbytes(self, pieces: Pieces) -> int:
         """Of a shard's key, value and mask in one message."""
@@ -198,7 +198,7 @@ class _Gradients:
         brings_home = (rank + hop) % size if hop == last[rank] > 0 else None
         if brings_home is not None:  # it is not the rank before: had the keys come so far, no others would come now
             received_counts[brings_home] = self.counts[rank]
-        received = self.engine.empty(sum(received_counts))
+        received = self.engine.empty(sum(received_counts), kind="comm")
         purpose = Purpose("gradients of keys and values", "backward", detail=f"hop {hop + 1} of {self.route.hops + 1}")
         transfer = self.comm.exchange(received, sent, received_counts, sent_counts, purpose)
         self._arriving = _Arriving(transfer, received, received_counts, brings_home)

@@ -13,7 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dilated_core.resources import Resources
+from dilated_core.resources import BufferKind, Resources
 from dilated_ring.comm import Comm, Purpose, Transfer
 from dilated_ring.dense.sharding import Pieces, gather_pieces, rows_of
 from dilated_ring.plan import even_bounds
@@ -47,24 +47,41 @@ class HeadExchange:
             at += stop - start
         self._lengths = at, rows_of(self.pieces)
 
-    def to_heads(self, tensors: Sequence[Tensor], what: str, phase: str) -> list[Tensor]:
-        """Every rank's rows of this rank's share of lanes, for this rank's rows of all lanes."""
+    def to_heads(
+        self, tensors: Sequence[Tensor], what: str, phase: str, kinds: Sequence[BufferKind] | None = None
+    ) -> list[Tensor]:
+        """Every rank's rows of this rank's share of lanes, for this rank's rows of all lanes.
+
+        Args:
+            what, phase: for messages.
+            kinds: for each tensor, what the result is allocated as; None for "temp".
+        """
         share = self._shares[self.comm.rank]
-        gathered = [self._empty(tensor, self._lengths[1], share.stop - share.start) for tensor in tensors]
+        gathered = self._empty(tensors, self._lengths[1], share.stop - share.start, kinds)
         self._exchange(
             self._by_heads(gathered), self._by_rows(tensors), tensors, Purpose(what, phase, detail="to heads")
         )
         return gathered
 
-    def to_rows(self, tensors: Sequence[Tensor], what: str, phase: str) -> list[Tensor]:
-        """This rank's rows of all lanes, for all rows of its share."""
-        local = [self._empty(tensor, self._lengths[0], self.kv_heads) for tensor in tensors]
+    def to_rows(
+        self, tensors: Sequence[Tensor], what: str, phase: str, kinds: Sequence[BufferKind] | None = None
+    ) -> list[Tensor]:
+        """This rank's rows of all lanes, for all rows of its share. Arguments as in ``to_heads``."""
+        local = self._empty(tensors, self._lengths[0], self.kv_heads, kinds)
         self._exchange(self._by_rows(local), self._by_heads(tensors), tensors, Purpose(what, phase, detail="to rows"))
         return local
 
-    def _empty(self, tensor: Tensor, rows: int, lanes: int) -> Tensor:
-        shape = tensor.shape[0], rows, lanes, *tensor.shape[3:]
-        return self.resources.empty(shape, dtype=tensor.dtype, device=tensor.device)
+    def _empty(
+        self, tensors: Sequence[Tensor], rows: int, lanes: int, kinds: Sequence[BufferKind] | None
+    ) -> list[Tensor]:
+        """Like each tensor, of so many rows and lanes."""
+        kinds = ["temp"] * len(tensors) if kinds is None else kinds
+        return [
+            self.resources.empty(
+                (tensor.shape[0], rows, lanes, *tensor.shape[3:]), dtype=tensor.dtype, device=tensor.device, kind=kind
+            )
+            for tensor, kind in zip(tensors, kinds, strict=True)
+        ]
 
     def _by_rows(self, tensors: Sequence[Tensor]) -> _Views:
         """For each rank, what this rank holds of its share of lanes: views of tensors by row."""
@@ -96,7 +113,8 @@ class HeadExchange:
         wire = torch.uint8 if dtype == torch.bool else dtype  # a byte either way, and every network knows bytes
         received_counts, sent_counts = ([sum(map(Tensor.numel, views)) for views in side] for side in (received, sent))
         arriving, leaving = (
-            self.resources.empty((sum(counts),), dtype=wire, device=device) for counts in (received_counts, sent_counts)
+            self.resources.empty((sum(counts),), dtype=wire, device=device, kind="comm")
+            for counts in (received_counts, sent_counts)
         )
         for part, source in _parts(leaving, dtype, sent):
             part.copy_(source)

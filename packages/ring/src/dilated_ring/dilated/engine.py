@@ -14,10 +14,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dilated_core.fused import Options, Span, backward_tiles, forward_tiles
+from dilated_core.fused import OF_SUMS, Options, Span, backward_tiles, forward_tiles
 from dilated_core.kernels import Needs, choose, rows_for_backward, tile_backward
 from dilated_core.partial import accumulation_dtype, merge_in_place
-from dilated_core.resources import Resources
+from dilated_core.resources import OF_QKV, BufferKind, Resources
 from dilated_core.tiles import add_tile, merge_tile
 from dilated_ring.comm import Comm, Purpose
 from dilated_ring.dilated.exchange import Arrivals, Exchanges, Gathered, Rows
@@ -86,16 +86,19 @@ class Rank:
         for out_arrivals, lse_arrivals in returning:
             for (place, rows), (lse_place, lse_rows) in zip(out_arrivals(), lse_arrivals(), strict=True):
                 merge_in_place(place, lse_place, rows, lse_rows)
-        return self._joined(out, self.query.dtype), self._joined(lse, lse.blocks[0].dtype), kept if keep else None
+        out_dtype, lse_dtype = self.query.dtype, lse.blocks[0].dtype
+        results = self._joined(out, out_dtype, "output"), self._joined(lse, lse_dtype, "output")
+        return *results, kept if keep else None
 
     def _start_gather(self, route: Route, phase: str) -> Callable[[], list[list[Gathered]]]:
         """Start to gather what a route's meetings take: query (for whole heads), key, value and the mask."""
         shard = self.shard
         tensors = [shard.query] * route.by_heads + [shard.key, shard.value]
+        kinds = OF_QKV[-len(tensors) :]
         what = "queries, keys and values" if route.by_heads else "keys and values"
-        waits = [self.exchanges.start_out(route, tensors, _purpose(what, phase, route))]
+        waits = [self.exchanges.start_out(route, tensors, kinds, _purpose(what, phase, route))]
         if shard.real is not None:
-            waits.append(self.exchanges.start_out(route, [shard.real], _purpose("padding", phase, route)))
+            waits.append(self.exchanges.start_out(route, [shard.real], ["mask"], _purpose("padding", phase, route)))
 
         return lambda: _side_by_side(waits)
 
@@ -104,7 +107,10 @@ class Rank:
 
     def _attend_inner(self, block: int) -> tuple[Tensor, Tensor]:
         qkv = [self.shard.query.blocks[block], self.key, self.value]
-        return forward_tiles(self.kernel, self._span(block), list(self.plan.inner[block]), qkv)
+        # A result where one block is all and nothing is to be rounded; the lse is never rounded.
+        of_lse: BufferKind = "output" if self.blocks == 1 else "temp"
+        of_out: BufferKind = "temp" if self._rounds() else of_lse
+        return forward_tiles(self.kernel, self._span(block), list(self.plan.inner[block]), qkv, (of_out, of_lse))
 
     def _attend_rows(self, number: int, route: Route, gathered: list[list[Gathered]], out: Rows, lse: Rows) -> None:
         """Merge the rank's own rows with the gathered keys into the sums."""
@@ -138,13 +144,17 @@ class Rank:
             self.exchanges.start_back(route, lses, [lse], lse.blocks[0], _purpose("lses", "forward", route)),
         )
 
-    def _joined(self, sums: Rows, dtype: torch.dtype) -> Tensor:
+    def _rounds(self) -> bool:
+        """Whether sums are more precise than the results."""
+        return accumulation_dtype(self.query.dtype) != self.query.dtype
+
+    def _joined(self, sums: Rows, dtype: torch.dtype, kind: BufferKind) -> Tensor:
         """The blocks' heads in the order of the query's, rounded."""
         if self.blocks == 1:
             return sums.blocks[0].to(dtype)
         first = sums.blocks[0]
         size = (*first.shape[:2], self.query.shape[2], *first.shape[3:])
-        joined = self.resources.empty(size, dtype=dtype, device=first.device)
+        joined = self.resources.empty(size, dtype=dtype, device=first.device, kind=kind)
         for block, heads in enumerate(sums.blocks):
             joined[:, :, block :: self.blocks] = heads
         return joined
@@ -184,25 +194,30 @@ class Rank:
             for place, rows in arrivals():
                 place.add_(rows)
         dtype = self.query.dtype
-        return self._joined(grad_query, dtype), grad_key.to(dtype), grad_value.to(dtype)
+        return self._joined(grad_query, dtype, "query"), grad_key.to(dtype), grad_value.to(dtype)
 
     def _start_results(
         self, route: Route, halves: list[Rows], singles: list[Rows]
     ) -> Callable[[], list[list[Gathered]]]:
         """Start to gather the results' gradients and the results, where whole heads are attended."""
+        both = {"results and their gradients": halves, "lses": singles}
         waits = [
-            self.exchanges.start_out(route, halves, _purpose("results and their gradients", "backward", route)),
-            self.exchanges.start_out(route, singles, _purpose("lses", "backward", route)),
+            self.exchanges.start_out(route, rows, ["temp"] * len(rows), _purpose(what, "backward", route))
+            for what, rows in both.items()
         ]
 
         return lambda: _side_by_side(waits)
 
     def _differentiate_inner(self, by_query: list[Rows]) -> tuple[Rows, list[Tensor]]:
         grads, kv_sums = [], list[Tensor]()
+        kinds = OF_SUMS if self._rounds() else OF_QKV
+        if self.blocks > 1:  # each has its own sum of query's, joined in the end
+            kinds = ("temp", *kinds[1:])
         for block in range(self.blocks):
             queries = [rows.blocks[block] for rows in (self.shard.query, *by_query)]
             tiles = list(self.plan.inner[block])
-            grad, *kv_sums = backward_tiles(self._span(block), tiles, queries, [self.key, self.value], kv_sums)
+            keys = [self.key, self.value]
+            grad, *kv_sums = backward_tiles(self._span(block), tiles, queries, keys, kv_sums, kinds)
             grads.append(grad)
         return Rows(grads), kv_sums
 

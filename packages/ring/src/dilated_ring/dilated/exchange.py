@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dilated_core.resources import Resources
+from dilated_core.resources import BufferKind, Resources
 from dilated_ring.comm import Comm, Purpose
 from dilated_ring.plan import Bundle, Route, Segment, Strip
 
@@ -70,7 +70,9 @@ class Exchanges:
     def __init__(self, comm: Comm, resources: Resources) -> None:
         self.comm, self.resources = comm, resources
 
-    def room(self, segment: Segment, rows: Rows, dtype: torch.dtype | None = None) -> Gathered:
+    def room(
+        self, segment: Segment, rows: Rows, dtype: torch.dtype | None = None, kind: BufferKind = "temp"
+    ) -> Gathered:
         """Room for what a segment gathers of a tensor, not yet written."""
         rooms: list[Tensor] = []
         for block, lanes in enumerate(segment.lanes):
@@ -80,19 +82,26 @@ class Exchanges:
                 continue
             tensor = rows.blocks[block]
             size = (tensor.shape[0], segment.rows, lanes, *tensor.shape[3:])
-            rooms.append(self.resources.empty(size, dtype=dtype or tensor.dtype, device=tensor.device))
+            room = self.resources.empty(size, dtype=dtype or tensor.dtype, device=tensor.device, kind=kind)
+            rooms.append(room)
         return Gathered(rooms)
 
-    def start_out(self, route: Route, tensors: Sequence[Rows], purpose: Purpose) -> Callable[[], list[list[Gathered]]]:
+    def start_out(
+        self, route: Route, tensors: Sequence[Rows], kinds: Sequence[BufferKind], purpose: Purpose
+    ) -> Callable[[], list[list[Gathered]]]:
         """Send this rank's rows to who attends them.
 
         Args:
             tensors: of one dtype.
+            kinds: for each tensor, what its gathered rows are allocated as.
 
         Returns:
             A function that waits, and gives for each segment of the route what it gathers of each tensor.
         """
-        gathered = [[self.room(segment, rows) for rows in tensors] for segment in route.segments]
+        gathered = [
+            [self.room(segment, rows, kind=kind) for rows, kind in zip(tensors, kinds, strict=True)]
+            for segment in route.segments
+        ]
         sent, places = self._messages(), self._messages()
         for segment, rooms in zip(route.segments, gathered, strict=True):
             for bundle in segment.lent:
@@ -153,7 +162,7 @@ class Exchanges:
         return arrivals
 
     def _buffer(self, messages: list[list[Tensor]], like: Tensor) -> Tensor:
-        return self.resources.empty((sum(_sizes(messages)),), dtype=like.dtype, device=like.device)
+        return self.resources.empty((sum(_sizes(messages)),), dtype=like.dtype, device=like.device, kind="comm")
 
 
 def _sizes(messages: list[list[Tensor]]) -> list[int]:

@@ -126,7 +126,8 @@ def dilated_ring_attention(
             Under torch.compile they are always gathered again.
         verify: whether ranks compare how they were called before rows travel, in a small exchange of its own. Without
             it, and with ``bounds``, that is saved, and a difference between ranks is undefined behaviour.
-        allocator: where results, buffers and scratch are allocated; torch.empty by default.
+        allocator: where results, buffers and scratch are allocated, by kind where it is a BufferManager; torch.empty by
+            default.
         patterns: where plans are kept between calls; by default the last few are. Neither is used under torch.compile.
         return_aux: ``AuxRequest(lse=True)`` to have the lse of this rank's rows too; on all ranks or on none.
 

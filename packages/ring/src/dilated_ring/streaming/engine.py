@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dilated_core.kernels import Needs, Problem, choose, rows_for_backward, tile_backward
 from dilated_core.partial import accumulation_dtype
-from dilated_core.resources import Resources
+from dilated_core.resources import OF_QKV, BufferKind, Resources
 from dilated_core.tiles import add_tile, attend_tile, make_problem, merge_tile
 from dilated_ring.plan import even_bounds
 from dilated_ring.streaming.sources import Source
@@ -84,13 +84,20 @@ class ChunkedSum:
 
     Args:
         shape, dtype, device: of the tensor; query: says where and in what precision is summed.
+        kind: what the tensor is allocated as.
     """
 
     def __init__(
-        self, shape: torch.Size, dtype: torch.dtype, device: torch.device, query: Tensor, options: Options
+        self,
+        shape: torch.Size,
+        dtype: torch.dtype,
+        device: torch.device,
+        query: Tensor,
+        options: Options,
+        kind: BufferKind,
     ) -> None:
         self._resources = options.resources
-        self._total = self._resources.empty(shape, dtype=dtype, device=device).zero_()
+        self._total = self._resources.empty(shape, dtype=dtype, device=device, kind=kind).zero_()
         self._chunk: slice | None = None
         self._buffer: Tensor | None = None
         precise = accumulation_dtype(query.dtype)
@@ -110,14 +117,17 @@ class ChunkedSum:
             rows.zero_()
         return rows.transpose(1, 2)
 
-    def release(self, dtype: torch.dtype) -> Tensor:
-        """The complete tensor in ``dtype``. This object is over then, and does not keep what was rounded."""
+    def release(self, dtype: torch.dtype, kind: BufferKind) -> Tensor:
+        """The complete tensor in ``dtype``, rounded into memory of ``kind`` where it had another.
+
+        This object is over then, and does not keep what was rounded.
+        """
         self._flush()
         total, self._buffer = self._total, None
         del self._total
         if total.dtype == dtype:
             return total
-        return self._resources.empty(total.shape, dtype=dtype, device=total.device).copy_(total)
+        return self._resources.empty(total.shape, dtype=dtype, device=total.device, kind=kind).copy_(total)
 
     def _flush(self) -> None:
         if self._buffer is not None and self._chunk is not None:
@@ -187,15 +197,16 @@ def forward(query: Tensor, sources: list[Source], real: Tensor | None, options: 
     """
     dtype, device = accumulation_dtype(query.dtype), query.device
     engine = choose(options.kernel, device, query.dtype, query.shape[-1], Needs(mask=real is not None))
-    out = ChunkedSum(query.shape, query.dtype, device, query, options)
-    lse = options.resources.empty(query.shape[:-1], dtype=dtype, device=device).fill_(-math.inf).transpose(1, 2)
+    out = ChunkedSum(query.shape, query.dtype, device, query, options, "output")
+    lse = options.resources.empty(query.shape[:-1], dtype=dtype, device=device, kind="output")
+    lse = lse.fill_(-math.inf).transpose(1, 2)
 
     def attend(tile: Tile, heads: slice, problem: Problem) -> None:
         places = out.at(tile.queries)[:, heads], lse[:, heads, tile.queries]
         merge_tile(attend_tile(engine, problem), *places, all_have_keys=problem.real is None)
 
     _each_tile(query, sources, real, options, attend)
-    return out.release(query.dtype), lse
+    return out.release(query.dtype, "output"), lse
 
 
 def backward(
@@ -218,11 +229,12 @@ def backward(
     Returns:
         Query's on its device in its dtype; key's and value's in host memory in their dtype, None where not wanted.
     """
-    totals: list[ChunkedSum | None] = [ChunkedSum(query.shape, query.dtype, query.device, query, options)]
-    for source, is_wanted in zip(sources, wanted, strict=True):
+    totals: list[ChunkedSum | None] = [ChunkedSum(query.shape, query.dtype, query.device, query, options, OF_QKV[0])]
+    for source, is_wanted, kind in zip(sources, wanted, OF_QKV[1:], strict=True):
         dtype = source.dtype if _keys_once(query) else accumulation_dtype(query.dtype)
         host = torch.device("cpu")
-        totals.append(ChunkedSum(source.shape, dtype, host, query, options) if is_wanted else None)
+        kind = kind if dtype == source.dtype else "temp"
+        totals.append(ChunkedSum(source.shape, dtype, host, query, options, kind) if is_wanted else None)
 
     def differentiate(tile: Tile, heads: slice, problem: Problem) -> None:
         out_rows, lse_rows = _rows(out, tile.queries)[:, heads], lse[:, heads, tile.queries]
@@ -240,4 +252,7 @@ def backward(
     _each_tile(query, sources, real, options, differentiate)
     # One after the other, so that a sum which is rounded to the gradient is gone before the next is.
     dtypes = (query.dtype, *(source.dtype for source in sources))
-    return tuple(None if total is None else total.release(dtype) for total, dtype in zip(totals, dtypes, strict=True))
+    return tuple(
+        None if total is None else total.release(dtype, kind)
+        for total, dtype, kind in zip(totals, dtypes, OF_QKV, strict=True)
+    )

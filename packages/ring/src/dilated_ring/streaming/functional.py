@@ -50,7 +50,6 @@ def streamed_attention(
 ) -> tuple[Tensor, AuxOutput]: ...
 
 
-@torch.compiler.disable(reason="streamed_attention reads its keys while it runs, which cannot be traced")  # type: ignore[untyped-decorator]
 def streamed_attention(
     query: Tensor,
     key: Tensor | StoredTensor,
@@ -93,8 +92,8 @@ def streamed_attention(
         return_aux: ``AuxRequest(lse=True)`` to have the lse too.
         progress: called as ``progress(done, total)`` after each tile (a chunk of queries meets a chunk of keys), on
             CUDA when its work is launched; in the backward again from 1. An exception from it ends the attention.
-        allocator: where results, gradients, sums and device buffers are allocated; torch.empty by default. Pinned
-            memory is always torch's.
+        allocator: where results, gradients, sums and device buffers are allocated, by kind where it is a BufferManager;
+            torch.empty by default. Pinned memory is always torch's.
 
     In half precision the gradients of key and value are summed in host memory in float32. Under torch.compile the call
     is a graph break, and with fullgraph=True an error that says so.
@@ -110,6 +109,23 @@ def streamed_attention(
     >>> streamed_attention(query, key, value, ring_size=8, is_causal=True).shape
     torch.Size([1, 100, 4, 16])
     """
+    if torch.compiler.is_compiling():  # a decorator would load the compiler, seconds, with this package
+        torch._dynamo.graph_break(msg="streamed_attention reads its keys while it runs, which cannot be traced")
+        result: Tensor | tuple[Tensor, AuxOutput] = torch.compiler.disable(streamed_attention)(
+            query,
+            key,
+            value,
+            ring_size=ring_size,
+            is_causal=is_causal,
+            scale=scale,
+            key_padding_mask=key_padding_mask,
+            enable_gqa=enable_gqa,
+            kernel=kernel,
+            return_aux=return_aux,
+            progress=progress,
+            allocator=allocator,
+        )
+        return result
     checks.boolean("is_causal", is_causal)
     checks.boolean("enable_gqa", enable_gqa)
     checks.kernel(kernel)
