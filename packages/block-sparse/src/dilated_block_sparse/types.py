@@ -134,7 +134,15 @@ def _of_ring(name: str) -> Callable[..., nn.Module]:
             raise ImportError(
                 f'{name} needs dilated-ring, which is not installed: pip install "dilated-block-sparse[ring]"'
             ) from error
-        module: nn.Module = getattr(room, name)(**options)
+        made = getattr(room, name)
+        known = inspect.signature(made).parameters
+        for option in options:
+            if option not in known:
+                sizes = ("segment_lengths", "dilation_rates", "embed_dim", "num_heads")
+                every = dict.fromkeys((*inspect.signature(choose_layout).parameters, *known))
+                others = ", ".join(one for one in every if one not in sizes)
+                raise TypeError(f'{option}: attention type "block_sparse_ring" has no such option, only {others}')
+        module: nn.Module = made(**options)
         return module
 
     return make

@@ -223,8 +223,8 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def key_padding_mask(mask: object, key: Tensor) -> Tensor | None:
-    """Return the mask if it is None or fits ``key``, (batch, kv_seq, ...).
+def key_padding_mask(mask: object, key: Tensor, *, true: str = "real") -> Tensor | None:
+    """Return the mask if it is None or fits ``key``, (batch, kv_seq, ...); ``true`` says what True stands for.
 
     Raises:
         TypeError: not a bool tensor.
@@ -234,7 +234,7 @@ def key_padding_mask(mask: object, key: Tensor) -> Tensor | None:
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"key_padding_mask: expected a bool tensor, got {found}")
+        raise TypeError(f"key_padding_mask: expected a bool tensor, True where the key is {true}, got {found}")
     if mask.shape != key.shape[:2]:
         raise ValueError(
             f"key_padding_mask: expected shape (batch, seq) = {tuple(key.shape[:2])}, got {tuple(mask.shape)}"

@@ -118,17 +118,36 @@ class MultiheadProjections(nn.Module):
                     f"{name}: expected shape (batch, seq, embed_dim = {self.embed_dim}), "
                     f"the same for query, key and value, got {tuple(tensor.shape)}"
                 )
+            self._check_placement(name, tensor)
         if attn_mask is not None:
             raise ValueError("attn_mask: expected None, there is no further mask (is_causal is one)")
         if need_weights:
             raise ValueError("need_weights: expected False, weights are never formed")
-        real = checks.key_padding_mask(key_padding_mask, key)
+        real = checks.key_padding_mask(key_padding_mask, key, true="padding")
         return (
             self.q_proj(query).unflatten(-1, (self.num_heads, self.head_dim)),
             self.k_proj(key).unflatten(-1, (self.kv_heads, self.head_dim)),
             self.v_proj(value).unflatten(-1, (self.kv_heads, self.head_dim)),
             None if real is None else ~real,
         )
+
+    def _check_placement(self, name: str, tensor: Tensor) -> None:
+        """Refuse a tensor that lies elsewhere than the weights, or has another dtype and nothing to cast it."""
+        weight = getattr(self.q_proj, "weight", None)
+        # Weights that are sharded, quantised or otherwise of a class of their own have a cast of their own.
+        if type(weight) is not nn.Parameter:
+            return
+        if tensor.device != weight.device:
+            raise ValueError(
+                f"{name}: expected the device of the weights, {weight.device}, got {tensor.device} (move one of them: "
+                f'{name}.to("{weight.device}") or module.to("{tensor.device}"))'
+            )
+        device = tensor.device.type
+        if tensor.dtype != weight.dtype and (device == "meta" or not torch.is_autocast_enabled(device)):
+            raise TypeError(
+                f"{name}: expected the dtype of the weights, {weight.dtype}, got {tensor.dtype} (cast one of them: "
+                f"{name}.to({weight.dtype}) or module.to({tensor.dtype}); or call under torch.autocast)"
+            )
 
     def joined(self, attended: Tensor) -> Tensor:
         """What ``forward`` ends with: heads (batch, seq, num_heads, head_dim) to output (batch, seq, embed_dim)."""
