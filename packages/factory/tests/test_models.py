@@ -1,4 +1,4 @@
-"""LongNet and LongNetLM: what may depend on what, how they start, that they learn, and what they refuse."""
+"""LongNet and LongNetLM: what may depend on what, how they start, that they learn, compile, and what they refuse."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.export import Dim
 from torch.nn import functional
 
+from dilated_core.measure import peak_memory
 from dilated_factory.models import (
     DilatedTransformerDecoderLayer,
     DilatedTransformerEncoderLayer,
@@ -147,26 +149,62 @@ def test_every_parameter_has_a_gradient(tie: bool) -> None:
         assert parameter.grad.abs().max() > 1e-6, name
 
 
-def test_checkpointing_changes_memory_not_gradients() -> None:
-    gradients = []
-    options = {"dropout": 0.1, "attention_dropout": 0.2, "dtype": torch.float64}
-    for checkpointed in (False, True):
-        model = language_model(checkpoint_activations=checkpointed, **options)
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("attention_type", ["standard", "improved"])
+def test_checkpointing_changes_no_gradient(attention_type: str, checkpointed: bool) -> None:
+    """Dropout of every kind draws the same again; so do hooks that users put on, and the factory's own."""
+    options = {"dropout": 0.1, "attention_dropout": 0.2, "activation_dropout": 0.1, "drop_path": 0.3}
+    options |= {"attention_type": attention_type, "dtype": torch.float64}
+    gradients, calls = [], []
+    for recomputed in (False, checkpointed):
+        model = language_model(checkpoint_activations=recomputed, **options)
+        calls.append([])
+        for layer in model.layers:
+            layer.self_attn.register_forward_pre_hook(lambda _, args, calls=calls[-1]: calls.append(args[0].shape))
         torch.manual_seed(5)
         logits = model(tokens(2, 40), padding((40, 33)))
-        logits.backward(torch.ones_like(logits) / 7)
+        logits.backward(torch.randn(logits.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(6)))
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-12, atol=1e-14), name
+    assert len(calls[0]) == LAYERS
+    assert len(calls[1]) == (2 * LAYERS if checkpointed else LAYERS)
+
+
+def test_checkpointing_is_for_training_only() -> None:
+    model = language_model(checkpoint_activations=True).eval()
+    called: list[int] = []
+    model.layers[0].register_forward_pre_hook(lambda *_: called.append(1))
+    logits = model(tokens(1, 20))
+    logits.backward(torch.randn_like(logits))
+    assert called == [1]
+
+
+def test_checkpointing_saves_memory() -> None:
+    def peak(checkpointed: bool) -> int:
+        torch.manual_seed(0)
+        model = LongNet(32, 2, 6, SEGMENTS, RATES, checkpoint_activations=checkpointed)
+        embeddings = torch.randn(1, 512, 32)
+
+        def step() -> None:
+            states = model(embeddings)
+            states.backward(torch.ones_like(states))
+
+        step()  # what is made once, and the gradients, are there
+        return peak_memory(step)
+
+    kept, recomputed = peak(False), peak(True)
+    # Of 6 layers, the inputs of all and the activations of one: more than 3 times less.
+    assert recomputed < 0.4 * kept, (kept, recomputed)
 
 
 DROPPING = {"dropout": 0.1, "attention_dropout": 0.2, "checkpoint_activations": True}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "lengths"), [("aot_eager", (40, 57, 64)), ("inductor", (40, 40, 40))], ids=str)
+@pytest.mark.parametrize(("backend", "lengths"), [("aot_eager", (40, 57)), ("inductor", (40, 40))], ids=str)
 def test_training_with_a_compiled_loss_is_training(backend: str, lengths: tuple[int, ...]) -> None:
-    """Three steps, the forward pass and the loss in one graph: the losses of eager steps."""
+    """Two steps, the forward pass and the loss in one graph: the losses of eager steps."""
     losses: dict[bool, list[float]] = {}
     for compiled in (False, True):
         torch._dynamo.reset()
@@ -219,6 +257,49 @@ def test_a_compiled_loss_is_one_graph() -> None:
     explained = torch._dynamo.explain(lambda text: functional.cross_entropy(model(text).flatten(0, 1), text.flatten()))
     found = explained(tokens(2, 40))
     assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_of", ["language_model", "encoder"])
+def test_a_compiled_model_serves_every_length_without_compiling_again(model_of: str) -> None:
+    """Forward and backward, fullgraph; outputs and gradients of the model as it is."""
+    graphs = 0
+    aot_eager = torch._dynamo.lookup_backend("aot_eager")
+
+    def counted(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., object]:
+        nonlocal graphs
+        graphs += 1
+        return aot_eager(graph, inputs)
+
+    torch._dynamo.reset()
+    model = (language_model if model_of == "language_model" else encoder)(dtype=torch.float64)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counted)
+    parameters = list(model.parameters())
+    at_first = 0
+    for length in (40, 57, 33, 100):
+        inputs = tokens(2, length) if model_of == "language_model" else torch.randn(2, length, EMBED).double()
+        expected, found = model(inputs), compiled(inputs)
+        assert torch.allclose(found, expected, rtol=0, atol=1e-10), length
+        cotangent = torch.randn_like(expected)
+        for one, other in zip(
+            torch.autograd.grad(found, parameters, cotangent),
+            torch.autograd.grad(expected, parameters, cotangent),
+            strict=True,
+        ):
+            assert torch.allclose(one, other, rtol=0, atol=1e-9), length
+        at_first = at_first or graphs
+    assert graphs == at_first > 0
+
+
+def test_an_exported_model_serves_every_length() -> None:
+    for model, inputs in ((language_model(), tokens), (encoder(), lambda batch, n: torch.randn(batch, n, EMBED))):
+        model.eval()
+        shapes = ({0: Dim("batch", min=1, max=64), 1: Dim("seq", min=2, max=4096)},)
+        with torch.no_grad():
+            program = torch.export.export(model, (inputs(3, 40),), dynamic_shapes=shapes).module()
+            for batch, length in ((3, 40), (2, 57), (5, 9), (1, 130)):
+                given = inputs(batch, length)
+                assert torch.allclose(program(given), model(given), rtol=0, atol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------- beginning
@@ -361,63 +442,6 @@ def test_bfloat16_autocast_is_finite_and_close() -> None:
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters() if parameter.grad is not None)
 
 
-# ------------------------------------------------------------------------------------------- generation
-
-
-def test_generation_repeats_under_a_generator_and_keeps_the_mode() -> None:
-    model = language_model()
-    prompt = tokens(2, 5)
-    first, second, other = (
-        model.generate(prompt, 20, temperature=1.3, top_k=9, generator=torch.Generator().manual_seed(seed))
-        for seed in (3, 3, 4)
-    )
-    assert torch.equal(first, second)
-    assert not torch.equal(first, other)
-    assert torch.equal(first[:, :5], prompt)
-    assert model.training
-
-
-def test_greedy_generation_is_the_argmax_of_the_whole_prefix() -> None:
-    model = language_model().eval()
-    text = model.generate(tokens(1, 4), 12, temperature=0)
-    assert torch.equal(model(text)[:, 3:-1].argmax(-1), text[:, 4:])
-    assert torch.equal(model.generate(text, 0), text)
-
-
-@pytest.mark.parametrize("options", [{}, {"kv_heads": 1, "semantics": "grouped"}, {"positions": "none"}], ids=str)
-def test_decoding_gives_the_logits_of_the_whole(options: dict[str, object]) -> None:
-    """Across the ends of segments, and one row at a time."""
-    model = language_model(dtype=torch.float64, **options).eval()
-    seen, found = [], []
-    model.embed_tokens.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
-    model.output_projection.register_forward_hook(lambda _, inputs, logits: found.append(logits))
-    text = model.generate(tokens(2, 21), 40, temperature=0)
-    assert seen == [21] + 39 * [1]
-    decoded = torch.cat(found, dim=1)
-    assert torch.allclose(decoded, model(text[:, :-1]), rtol=0, atol=1e-10)
-
-
-def test_generates_under_autocast() -> None:
-    model = language_model()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model.generate(tokens(1, 5), 4, temperature=0).shape == (1, 9)
-
-
-def test_top_k_1_is_greedy() -> None:
-    model = language_model()
-    prompt = tokens(1, 4)
-    assert torch.equal(model.generate(prompt, 9, top_k=1), model.generate(prompt, 9, temperature=0))
-
-
-def test_a_window_bounds_what_is_seen() -> None:
-    model = language_model().eval()
-    seen: list[int] = []
-    handle = model.embed_tokens.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
-    model.generate(tokens(1, 3), 20, window=8)
-    handle.remove()
-    assert seen == [3, 4, 5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7, 8, 5, 6]
-
-
 # ------------------------------------------------------------------------------------------- refusals
 
 IDS = torch.zeros(1, 4, dtype=torch.int64)
@@ -459,38 +483,8 @@ HIDDEN = torch.zeros(1, 4, EMBED)
         ),
         (lambda: language_model()([1, 2]), TypeError, "tokens: expected .*got list"),
         (lambda: language_model()(IDS[0]), ValueError, r"tokens: expected \(batch, seq\), got \(4,\)"),
-        (lambda: language_model().generate(IDS[:, :0], 1), ValueError, "prompt: expected at least one token"),
-        (
-            lambda: language_model().generate(IDS + VOCAB, 1),
-            ValueError,
-            r"prompt: expected ids in \[0, 17\), got \[17, 17\]",
-        ),
-        (
-            lambda: language_model().generate(IDS - 1, 1),
-            ValueError,
-            r"prompt: expected ids in \[0, 17\), got \[-1, -1\]",
-        ),
-        (lambda: language_model().generate(IDS, -1), ValueError, "max_new_tokens: expected 0 or more, got -1"),
-        (lambda: language_model().generate(IDS, 1, temperature=-1), ValueError, "temperature: expected a finite"),
-        (lambda: language_model().generate(IDS, 1, temperature=math.nan), ValueError, "temperature: expected a finite"),
-        (lambda: language_model().generate(IDS, 1, top_k=0), ValueError, "top_k: expected 1 to vocab_size=17, got 0"),
-        (lambda: language_model().generate(IDS, 1, top_k=18), ValueError, "top_k: expected 1 to vocab_size=17, got 18"),
-        (lambda: language_model().generate(IDS, 1, window=1), ValueError, "window: expected at least 2 tokens, got 1"),
     ],
 )
 def test_refusals_name_the_argument(call: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
-
-
-def test_a_failed_generation_restores_the_mode() -> None:
-    model = language_model()
-
-    class Broken(nn.Module):
-        def forward(self, _: Tensor) -> Tensor:
-            raise RuntimeError("broken")
-
-    model.output_projection = Broken()
-    with pytest.raises(RuntimeError, match="broken"):
-        model.generate(IDS, 1)
-    assert model.training

@@ -83,30 +83,28 @@ OURS = ("standard", "improved")
 LENGTHS = (1, 511, 512, 2048, 4095, 4096, 8191, 8192, 65535, 65536, 65537, 10**9, None)
 
 
-def expected_type(length: int | None, usable: tuple[str, ...], needs_ring: bool, allow_sparse: bool) -> str:
+def expected_type(length: int | None, usable: tuple[str, ...], sharded: bool, allow_sparse: bool) -> str:
     """The rule for auto in words, one clause a line."""
-    if length is None or length < 8192:
-        return "improved"
-    if length > 65536 and allow_sparse and "block_sparse_ring" in usable:
-        return "block_sparse_ring"
-    return "ring" if needs_ring and "ring" in usable else "improved"
+    sparse = "block_sparse_ring" if sharded else "block_sparse"
+    if length is not None and length > 65536 and allow_sparse and sparse in usable:
+        return sparse
+    return "ring" if sharded else "improved"
 
 
 @pytest.mark.parametrize(
-    ("length", "usable", "group", "over", "sparse"),
+    ("length", "usable", "sharded", "over", "sparse"),
     [*product(LENGTHS, (ALL, OURS, (*OURS, "ring")), (False, True), (False, True), (False, True))],
 )
-def test_auto(length: int | None, usable: tuple[str, ...], group: bool, over: bool, sparse: bool) -> None:
+def test_auto(length: int | None, usable: tuple[str, ...], sharded: bool, over: bool, sparse: bool) -> None:
     chosen, reasons = Policy().choose_type(
         length,
         installed=usable,
-        process_group=group,
+        sharded=sharded,
         working_set=1001 if over else 1000,
         memory_total=1000,
         allow_sparse=sparse,
     )
-    assert chosen == expected_type(length, usable, group or over, sparse)
-    assert chosen in usable
+    assert chosen == expected_type(length, usable, sharded, sparse)
     assert reasons
     assert all(reason.startswith("auto: ") for reason in reasons)
     assert reasons[-1].startswith(f"auto: {chosen}, ")
@@ -121,11 +119,12 @@ def test_auto(length: int | None, usable: tuple[str, ...], group: bool, over: bo
         ({"sequence_length": 8192, "installed": OURS, "working_set": 5}, "the device's memory is not known"),
         ({"sequence_length": 8192, "installed": OURS, "working_set": 5, "memory_total": 6}, "5 bytes fit"),
         ({"sequence_length": 8192, "installed": OURS, "working_set": 7, "memory_total": 6}, "7 bytes would be"),
-        ({"sequence_length": 8192, "installed": OURS, "process_group": True}, "a process group is initialised"),
-        ({"sequence_length": 8192, "installed": OURS, "process_group": True}, "dilated-factory[ring]"),
+        ({"sequence_length": 8192, "installed": OURS, "world_size": 8}, "not ring, though a process group of 8 ranks"),
+        ({"sequence_length": 100, "installed": OURS, "sharded": True}, "group= says that ranks hold shards"),
         ({"sequence_length": 10**5, "installed": ALL}, "allow_sparse=True was not given"),
+        ({"sequence_length": 10**5, "installed": OURS, "allow_sparse": True}, "dilated-factory[block-sparse]"),
         (
-            {"sequence_length": 10**5, "installed": OURS, "allow_sparse": True},
+            {"sequence_length": 10**5, "installed": OURS, "allow_sparse": True, "sharded": True},
             "dilated-factory[block-sparse,ring]",
         ),
     ],
@@ -137,12 +136,9 @@ def test_auto_says_why(arguments: dict[str, object], words: str) -> None:
 def test_thresholds_are_data() -> None:
     policy = Policy(pool_lightweight_from=10, pool_full_from=20, ring_from=30, sparse_above=40, pool_always=())
     assert [policy.choose_pool("ring", length)[0] for length in (9, 10, 19, 20)] == [OFF, LIGHT, LIGHT, FULL]
-    chosen = [
-        policy.choose_type(length, installed=ALL, process_group=True, allow_sparse=True)[0]
-        for length in (29, 30, 40, 41)
-    ]
-    assert chosen == ["improved", "ring", "ring", "block_sparse_ring"]
-    assert replace(policy, memory_budget_bytes=5).choose_type(30, installed=ALL, working_set=6)[0] == "ring"
+    chosen = [policy.choose_type(length, installed=ALL, allow_sparse=True) for length in (29, 30, 40, 41)]
+    assert [name for name, _ in chosen] == ["improved", "improved", "improved", "block_sparse"]
+    assert ["is below 30" in reasons[-1] for _, reasons in chosen] == [True, False, False, False]
     assert hash(policy) == hash(replace(policy))
     with pytest.raises(FrozenInstanceError):
         policy.ring_from = 1  # type: ignore[misc]
@@ -150,8 +146,42 @@ def test_thresholds_are_data() -> None:
 
 def test_a_budget_goes_before_the_devices_memory() -> None:
     policy = Policy(memory_budget_bytes=100)
-    assert policy.choose_type(8192, installed=ALL, working_set=101, memory_total=10**9)[0] == "ring"
-    assert policy.choose_type(8192, installed=ALL, working_set=100, memory_total=1)[0] == "improved"
+    above, within = (
+        policy.choose_type(8192, installed=ALL, working_set=held, memory_total=total)[1][-1]
+        for held, total in ((101, 10**9), (100, 1))
+    )
+    assert "the budget is 100: shard the sequence" in above
+    assert "100 bytes fit the budget of 100" in within
+
+
+@pytest.mark.parametrize(
+    ("light", "full", "modes"),
+    [
+        (None, None, [OFF, OFF, OFF]),
+        (None, 200, [OFF, OFF, FULL]),
+        (100, None, [OFF, LIGHT, LIGHT]),
+        (100, 100, [OFF, FULL, FULL]),
+    ],
+)
+def test_a_threshold_of_none_is_never_reached(light: int | None, full: int | None, modes: list[str]) -> None:
+    policy = Policy(pool_lightweight_from=light, pool_full_from=full)
+    assert [policy.choose_pool("improved", length)[0] for length in (99, 100, 200)] == modes
+    assert policy.choose_pool("improved", 99, enable=True)[0] == LIGHT
+    assert all(policy.choose_pool("improved", length)[1] for length in (99, 100, 200))
+
+
+def test_a_class_of_lengths_is_what_the_pool_rules_tell_apart() -> None:
+    for policy in (
+        Policy(),
+        Policy(pool_lightweight_from=None),
+        Policy(pool_full_from=None),
+        Policy(pool_full_from=4096),
+    ):
+        lengths = (1, 4095, 4096, 8191, 8192, 65536)
+        by_class = {length: policy.length_class(length) for length in lengths}
+        by_mode = {length: policy.choose_pool("improved", length)[0] for length in lengths}
+        for one, other in product(lengths, lengths):
+            assert (by_class[one] == by_class[other]) == (by_mode[one] == by_mode[other])
 
 
 @pytest.mark.parametrize(

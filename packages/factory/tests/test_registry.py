@@ -23,7 +23,7 @@ class Answer(nn.Module):
     def forward(self, query, key, value):
         return value
 
-def attention(segment_lengths, dilation_rates, *, window=3):
+def attention(segment_lengths, dilation_rates, *, window=3, group=None):
     return Answer(segment_lengths=segment_lengths, dilation_rates=dilation_rates, window=window)
 
 def multihead(embed_dim, num_heads, segment_lengths, dilation_rates, **options):
@@ -130,13 +130,13 @@ def test_an_installed_ring_is_found_and_used_by_auto(install: Install) -> None:
     from dilated_factory import Hardware
 
     install("dilated-ring", "ring_types", ring="ring_types")
-    alone = Hardware("cpu", memory_total=10**12)
     grouped = Hardware("cpu", process_group=True, world_size=2)
-    assert create_dilated_attention("auto", sequence_length=8192, hardware=alone).decision.attention_type == (
-        "improved"
-    )
     decision = create_dilated_attention("auto", sequence_length=8192, hardware=grouped).decision
-    assert (decision.attention_type, decision.pool_mode) == ("ring", "full")
+    assert decision.attention_type == "improved"
+    assert "not ring, though a process group of 2 ranks is initialised" in str(decision)
+    for length, mode in ((511, "lightweight"), (8192, "full")):
+        decision = create_dilated_attention("auto", sequence_length=length, hardware=grouped, group="world").decision
+        assert (decision.attention_type, decision.pool_mode) == ("ring", mode)
     assert create_dilated_attention("ring", sequence_length=511).decision.pool_mode == "lightweight"
 
 
@@ -149,29 +149,29 @@ def test_an_installed_block_sparse_is_found_and_chosen_only_where_that_is_allowe
     assert (decision.attention_type, decision.pool_mode) == ("block_sparse", "lightweight")
     assert create_dilated_attention("auto", sequence_length=100_000).decision.attention_type == "improved"
     allowed = create_multihead_dilated_attention("auto", 8, 2, sequence_length=100_000, allow_sparse=True)
-    assert (allowed.decision.attention_type, allowed.decision.pool_mode) == ("block_sparse_ring", "full")
+    assert (allowed.decision.attention_type, allowed.decision.pool_mode) == ("block_sparse", "full")
+    sharded = create_dilated_attention("auto", sequence_length=100_000, allow_sparse=True, group="world")
+    assert sharded.decision.attention_type == "block_sparse_ring"
 
 
-def test_block_sparse_ring_is_not_there_without_a_ring(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("bare")
+def test_block_sparse_ring_is_not_there_without_a_ring(install: Install) -> None:
     install("dilated-block-sparse", "sparse_types", block_sparse="sparse_types", block_sparse_ring="sparse_types")
-    monkeypatch.setitem(sys.modules, "dilated_ring", None)  # as if it were not installed, where it is
     assert "block_sparse" in registry.installed()
     assert "block_sparse_ring" not in registry.installed()
     with pytest.raises(NotInstalledError, match=r"needs dilated-ring, which is not installed: .*\[block-sparse,ring\]"):
         create_dilated_attention("block_sparse_ring", [4], [1])
-    decision = create_dilated_attention("auto", sequence_length=100_000, allow_sparse=True).decision
-    assert decision.attention_type == "improved"
-    assert "not block_sparse_ring, though 100,000 tokens is above" in str(decision)
+    with pytest.raises(NotInstalledError, match=r'"ring" is provided by dilated-ring, which is not installed'):
+        create_dilated_attention("auto", sequence_length=100_000, allow_sparse=True, group="world")
 
 
-def test_another_distributions_block_sparse_ring_needs_no_ring_of_ours(
-    install: Install, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("bare")
+def test_another_distributions_block_sparse_ring_needs_no_ring_of_ours(install: Install) -> None:
     install("other-attention", "other_types", block_sparse_ring="other_types")
-    monkeypatch.setitem(sys.modules, "dilated_ring", None)
     assert registry.installed()["block_sparse_ring"].distribution == "other-attention"
 
 
+@pytest.mark.usefixtures("bare")
 def test_a_distribution_installed_later_is_found(install: Install) -> None:
     with pytest.raises(NotInstalledError):
         create_dilated_attention("ring", [4], [1])
@@ -188,9 +188,8 @@ def test_a_distribution_installed_later_is_found(install: Install) -> None:
         ("block_sparse_ring", "dilated-block-sparse", 'pip install "dilated-factory[block-sparse,ring]"'),
     ],
 )
+@pytest.mark.usefixtures("bare")
 def test_a_known_type_that_is_not_installed_names_the_extra(name: str, distribution: str, command: str) -> None:
-    if name in registry.installed():
-        pytest.skip(f"{name} is installed here")
     for create in (
         lambda: create_dilated_attention(name, [4], [1]),
         lambda: create_multihead_dilated_attention(name, 8, 2, [4], [1]),
@@ -200,26 +199,6 @@ def test_a_known_type_that_is_not_installed_names_the_extra(name: str, distribut
         assert isinstance(raised.value, ImportError)
         assert distribution in str(raised.value)
         assert command in str(raised.value)
-
-
-@pytest.mark.parametrize(("extras", "told"), [([], True), (["ring"], False)])
-def test_an_extra_that_this_release_lacks_is_admitted(
-    extras: list[str], told: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    info = tmp_path / "dilated_factory-9.9.dist-info"
-    info.mkdir()
-    lines = [
-        "Metadata-Version: 2.1",
-        "Name: dilated-factory",
-        "Version: 9.9",
-        *(f"Provides-Extra: {e}" for e in extras),
-    ]
-    (info / "METADATA").write_text("\n".join(lines) + "\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert registry.lacks_extra("ring") == ("9.9" if told else None)
-    with pytest.raises(NotInstalledError) as raised:
-        create_dilated_attention("ring", [4], [1])
-    assert ("dilated-factory 9.9 has no such extra yet" in str(raised.value)) == told
 
 
 @pytest.mark.parametrize(

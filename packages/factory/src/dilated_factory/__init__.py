@@ -24,7 +24,10 @@ if TYPE_CHECKING:
         LongNetLM,
     )
     from dilated_factory.policy import Policy
+    from dilated_factory.profile import Profile
     from dilated_factory.registry import NotInstalledError
+    from dilated_factory.reporting import Report, report
+    from dilated_factory.resources import SharedResources, shared_resources
 
 __all__ = [
     "DecidedModule",
@@ -36,8 +39,13 @@ __all__ = [
     "LongNetLM",
     "NotInstalledError",
     "Policy",
+    "Profile",
+    "Report",
+    "SharedResources",
     "create_dilated_attention",
     "create_multihead_dilated_attention",
+    "report",
+    "shared_resources",
 ]
 
 _HOMES = {
@@ -50,8 +58,13 @@ _HOMES = {
     "LongNetLM": "models",
     "NotInstalledError": "registry",
     "Policy": "policy",
+    "Profile": "profile",
+    "Report": "reporting",
+    "SharedResources": "resources",
     "create_dilated_attention": "create",
     "create_multihead_dilated_attention": "create",
+    "report": "reporting",
+    "shared_resources": "resources",
 }
 
 

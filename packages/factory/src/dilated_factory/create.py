@@ -1,14 +1,14 @@
 """The two creators: check what was asked, decide, build, and leave the decision on the module.
 
-The module returned is the type's own, with one plain attribute added: it costs nothing at a call and nothing
-to trace. Imports torch and dilated_core.
+The module returned is the type's own, with one attribute added, and a hook where something goes by the length of a
+call. Imports torch and dilated_core.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -16,7 +16,10 @@ from dilated_core import DilatedPattern
 from dilated_factory.decision import Decision
 from dilated_factory.hardware import Hardware
 from dilated_factory.policy import Policy
+from dilated_factory.profile import Profile
 from dilated_factory.request import Request, make_pattern, positive
+from dilated_factory.resources.shared import SharedResources
+from dilated_factory.resources.wiring import FollowCalls, PrecisionOfFloat32
 
 logger = logging.getLogger("dilated_factory")
 
@@ -39,9 +42,13 @@ def create_dilated_attention(
     enable_memory_pool: bool | None = None,
     lightweight_pool: bool | None = None,
     enable_pattern_cache: bool | None = None,
+    buffer_manager: bool = False,
     allow_sparse: bool = False,
+    fp32_precision: Literal["ieee", "tf32", "bf16"] | None = None,
     policy: Policy | None = None,
+    profile: Profile | Literal["user"] | None = "user",
     hardware: Hardware | None = None,
+    resources: SharedResources | None = None,
     **options: Any,
 ) -> DecidedModule:
     """Create a dilated attention: a module of (query, key, value), each (batch, seq, heads, head_dim).
@@ -50,14 +57,22 @@ def create_dilated_attention(
         attention_type: "standard" (plain composition of torch operations), "improved" (the fused path),
             "auto" (the policy chooses), or any type that an installed distribution registers.
         segment_lengths, dilation_rates: one entry a branch; both None for the paper's pattern.
-        sequence_length: expected tokens a call, for the policy; it limits nothing. Where it is None the
-            policy knows no length: it is never guessed from the segments.
-        enable_memory_pool, lightweight_pool, enable_pattern_cache: the caller's word, which wins over the
-            policy; None leaves it to the policy, whose wish is then recorded in the decision.
+        sequence_length: expected tokens a call, for the choice of the type and the first decision; it limits nothing.
+            Where it is None the policy knows no length: it is never guessed from the segments. Every call decides anew
+            where its length is of another class, see `Policy.length_class`.
+        enable_memory_pool, lightweight_pool, enable_pattern_cache: the caller's word, which wins over the policy; None
+            leaves it to the policy.
+        buffer_manager: draw each kind of buffer (output, temp, comm, cache, ...) from a pool of its own.
         allow_sparse: whether "auto" may choose an approximation. Other types do not read it.
-        policy: thresholds; None for the defaults.
+        fp32_precision: of float32 matrix products during a call: torch's own switch is set, and restored after it. None
+            leaves it as it is. The switch is the process's, and the backward pass runs outside of the call.
+        policy: thresholds; None for the defaults, changed by the profile.
+        profile: what `dilated tune` measured; "user" for the user's own, where it fits this machine; None for none.
         hardware: what to decide for; None to look at this machine.
-        options: of the type (is_causal=, softmax_scale=, attention_dropout=, semantics=, kernel=, ...).
+        resources: the pools and the cache to share; None for the process's own, `shared_resources()`.
+        options: of the type (is_causal=, softmax_scale=, attention_dropout=, semantics=, kernel=, ...). `allocator=`
+            and `patterns=` are a pool and a cache of one's own, instead of the shared ones. `group=` says that the
+            ranks of a process group hold shards of one sequence.
 
     Returns:
         The module, of the type's own class, with the `Decision` at `module.decision`.
@@ -65,8 +80,8 @@ def create_dilated_attention(
     Raises:
         TypeError: an argument of the wrong type, or an option the type does not have; the message lists those
         it has.
-        ValueError: an unknown type, or sizes that do not fit.
-        NotInstalledError: a known type or a pool or cache asked for that cannot be provided here.
+        ValueError: an unknown type, sizes that do not fit, or words that contradict each other.
+        NotInstalledError: a known type that is not installed.
 
     >>> import torch
     >>> attention = create_dilated_attention("auto", [4, 8], [1, 2], sequence_length=8)
@@ -82,9 +97,13 @@ def create_dilated_attention(
         enable_memory_pool,
         lightweight_pool,
         enable_pattern_cache,
+        buffer_manager,
         allow_sparse,
+        fp32_precision,
         policy,
+        profile,
         hardware,
+        resources,
         options,
     )
     return _build(request, "attention", pattern)
@@ -101,9 +120,13 @@ def create_multihead_dilated_attention(
     enable_memory_pool: bool | None = None,
     lightweight_pool: bool | None = None,
     enable_pattern_cache: bool | None = None,
+    buffer_manager: bool = False,
     allow_sparse: bool = False,
+    fp32_precision: Literal["ieee", "tf32", "bf16"] | None = None,
     policy: Policy | None = None,
+    profile: Profile | Literal["user"] | None = "user",
     hardware: Hardware | None = None,
+    resources: SharedResources | None = None,
     **options: Any,
 ) -> DecidedModule:
     """Create a multi-head dilated attention, called as nn.MultiheadAttention with batch_first.
@@ -137,24 +160,27 @@ def create_multihead_dilated_attention(
         enable_memory_pool,
         lightweight_pool,
         enable_pattern_cache,
+        buffer_manager,
         allow_sparse,
+        fp32_precision,
         policy,
+        profile,
         hardware,
+        resources,
         options,
     )
     return _build(request, "multihead", pattern, embed_dim=embed_dim, num_heads=num_heads)
 
 
 def _build(request: Request, form: str, pattern: DilatedPattern, **sizes: int) -> DecidedModule:
-    decision, builder = request.decide(form, **sizes)
-    module = builder(
-        segment_lengths=pattern.segment_lengths,
-        dilation_rates=pattern.dilation_rates,
-        **sizes,
-        **request.options,
-    )
+    decision, builder, options, rules = request.decide(form, **sizes)
+    module = builder(segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates, **sizes, **options)
     decided = cast(DecidedModule, module)
     decided.decision = decision
+    if rules is not None:
+        module.register_forward_pre_hook(FollowCalls(rules), with_kwargs=True)
+    if request.fp32_precision is not None:
+        PrecisionOfFloat32(request.fp32_precision).attach(module)
     logger.info("%s", decision.summary())
     logger.debug("%s", decision)
     return decided

@@ -22,14 +22,16 @@ _THRESHOLDS = (
     "memory_budget_bytes",
     "live_tensors",
 )
+# Those that may be None: a pool mode that no length switches on, and a budget that is the device's own.
+_OPTIONAL = ("pool_lightweight_from", "pool_full_from", "memory_budget_bytes")
 
 
 @dataclass(frozen=True)
 class Policy:
     """What the factory does where the caller has not spoken; change a rule with `dataclasses.replace`.
 
-    Lengths are in tokens, memory in bytes. Raises TypeError or ValueError when a threshold is not a positive
-    whole number or two of them are out of order.
+    Lengths are in tokens, memory in bytes; a pool threshold of None is never reached. Raises TypeError or ValueError
+    when a threshold is not a positive whole number or two of them are out of order.
 
     >>> Policy().choose_pool("improved", 4095)[0], Policy().choose_pool("improved", 4096)[0]
     ('off', 'lightweight')
@@ -39,17 +41,17 @@ class Policy:
 
     # Specification, "Factory Auto-Enable Benchmark Report": pools cost time below 4,096 tokens and are
     # switched on from there; its verification table gives 4,096 the lightweight pool and 8,192 the full one.
-    pool_lightweight_from: int = 4096
-    pool_full_from: int = 8192
+    pool_lightweight_from: int | None = 4096
+    pool_full_from: int | None = 8192
     # Same report, "Special Implementations", and the rule in "Memory Pool Integration Summary Report".
     pool_always: tuple[str, ...] = ("ring", "distributed", "block_sparse", "block_sparse_ring")
     # Specification, "Performance Benchmark Report", "For Long Sequences": improved below 8K, ring from 8K to
-    # 64K, block_sparse_ring above 64K.
+    # 64K, block_sparse_ring above 64K. Ring types only where the sequence is sharded, see `choose_type`.
     ring_from: int = 8192
     sparse_above: int = 65536
     # Specification, "Pattern Caching Performance Analysis Report", recommendation 1: on by default.
     pattern_cache: bool = True
-    # What one attention call may hold before "auto" prefers ring; None: all the memory the device has.
+    # What one attention call may hold before the decision warns; None: all the memory the device has.
     memory_budget_bytes: int | None = None
     # Query, key, value, output and a gradient for each: what training one attention holds at the very least.
     live_tensors: int = 8
@@ -57,7 +59,7 @@ class Policy:
     def __post_init__(self) -> None:
         for name in _THRESHOLDS:
             value = getattr(self, name)
-            if value is None and name == "memory_budget_bytes":
+            if value is None and name in _OPTIONAL:
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"Policy.{name}: expected a positive int, got {value!r}")
@@ -70,7 +72,7 @@ class Policy:
             raise TypeError(f"Policy.pool_always: expected a tuple of type names, got {always!r}")
         for low, high in (("pool_lightweight_from", "pool_full_from"), ("ring_from", "sparse_above")):
             lower, upper = getattr(self, low), getattr(self, high)
-            if lower > upper:
+            if lower is not None and upper is not None and lower > upper:
                 raise ValueError(f"Policy.{low}: expected at most Policy.{high} = {upper}, got {lower}")
 
     def choose_pool(
@@ -89,7 +91,7 @@ class Policy:
         contradict.
 
         >>> Policy().choose_pool("ring", 511)
-        ('lightweight', 'ring always uses a pool; lightweight below 8,192 tokens')
+        ('lightweight', 'ring always uses a pool; lightweight, because 511 tokens is below 4,096')
         """
         if enable is False and lightweight is True:
             raise ValueError(
@@ -98,34 +100,53 @@ class Policy:
             )
         if enable is False:
             return "off", "enable_memory_pool=False was asked for"
+        by_length, why = self._pool_by_length(sequence_length)
         if enable is True:
             on = "enable_memory_pool=True was asked for"
         elif lightweight is True:
-            on = "lightweight_pool=True was asked for"
+            return "lightweight", "lightweight_pool=True was asked for"
         elif attention_type in self.pool_always:
             on = f"{attention_type} always uses a pool"
-        elif sequence_length is None:
-            return "off", "no sequence length is known, so no length rule can switch a pool on"
-        elif sequence_length >= self.pool_lightweight_from:
-            on = f"{sequence_length:,} tokens is at or above {self.pool_lightweight_from:,}"
+        elif by_length == "off":
+            return "off", why
         else:
-            return "off", f"{sequence_length:,} tokens is below {self.pool_lightweight_from:,}"
-
+            on = ""
         if lightweight is not None:
-            mode: PoolMode = "lightweight" if lightweight else "full"
-            return mode, on if on.startswith("lightweight_pool") else f"{on}; lightweight_pool={lightweight}"
+            return ("lightweight" if lightweight else "full"), f"{on or why}; lightweight_pool={lightweight}"
+        if by_length == "off":
+            return "lightweight", f"{on}; lightweight, because {why}"
+        return by_length, f"{on}; {why}" if on else why
+
+    def length_class(self, sequence_length: int) -> int:
+        """Return a number that is the same for lengths between which no rule of the pool changes.
+
+        >>> [Policy().length_class(length) for length in (1, 4095, 4096, 8191, 8192)]
+        [0, 0, 1, 1, 2]
+        """
+        return sum(
+            threshold is not None and sequence_length >= threshold
+            for threshold in (self.pool_lightweight_from, self.pool_full_from)
+        )
+
+    def _pool_by_length(self, sequence_length: int | None) -> tuple[PoolMode, str]:
         if sequence_length is None:
-            return "lightweight", f"{on}; lightweight, because no sequence length is known"
-        if sequence_length >= self.pool_full_from:
-            return "full", f"{on}; full from {self.pool_full_from:,} tokens"
-        return "lightweight", f"{on}; lightweight below {self.pool_full_from:,} tokens"
+            return "off", "no sequence length is known, and no length rule can switch a pool on"
+        tokens = f"{sequence_length:,} tokens is"
+        light, full = self.pool_lightweight_from, self.pool_full_from
+        if full is not None and sequence_length >= full:
+            return "full", f"{tokens} at or above {full:,}"
+        if light is not None and sequence_length >= light:
+            return "lightweight", f"{tokens} at or above {light:,}" + ("" if full is None else f" and below {full:,}")
+        first = light if light is not None else full
+        return "off", "no length switches a pool on" if first is None else f"{tokens} below {first:,}"
 
     def choose_type(
         self,
         sequence_length: int | None,
         *,
         installed: Collection[str],
-        process_group: bool = False,
+        sharded: bool = False,
+        world_size: int = 1,
         working_set: int | None = None,
         memory_total: int | None = None,
         allow_sparse: bool = False,
@@ -133,56 +154,57 @@ class Policy:
         """Return what "auto" means here, and the reasons in the order they were weighed.
 
         `installed` holds the names of the usable types, `working_set` and `memory_total` are bytes (None:
-        unknown). An approximation is chosen only with `allow_sparse=True`; a type that is not installed is
-        never chosen.
+        unknown). `sharded` says that the ranks of a group hold shards of one sequence, which only the ring types
+        attend as one: they are then the answer at any length. That a process group of `world_size` ranks is
+        initialised says nothing of the kind, since data-parallel training has one too.
+        An approximation is chosen only with `allow_sparse=True`, and one that is not installed never.
 
-        >>> Policy().choose_type(8192, installed={"improved", "ring"}, process_group=True)[0]
+        >>> Policy().choose_type(8192, installed={"improved", "ring"}, sharded=True)[0]
         'ring'
-        >>> Policy().choose_type(10**6, installed={"improved", "block_sparse_ring"})[0]
+        >>> Policy().choose_type(10**6, installed={"improved", "block_sparse"})[0]
         'improved'
         """
+        tokens = f"{sequence_length:,} tokens" if sequence_length is not None else "an unknown number of tokens"
+        reasons: list[str] = []
+        if sequence_length is not None and sequence_length > self.sparse_above:
+            sparse = "block_sparse_ring" if sharded else "block_sparse"
+            above = f"{tokens} is above {self.sparse_above:,}"
+            if allow_sparse and sparse in installed:
+                return sparse, (f"auto: {sparse}, because {above} and allow_sparse=True",)
+            why = (
+                f" and allow_sparse=True: it is not installed ({install_command(sparse)})"
+                if allow_sparse
+                else ": it computes a different function, and allow_sparse=True was not given"
+            )
+            reasons.append(f"auto: not {sparse}, though {above}{why}")
+
+        if sharded:
+            reasons.append(f"auto: ring, because group= says that ranks hold shards of one sequence; {tokens}")
+            return "ring", tuple(reasons)
         if sequence_length is None:
             hint = "give sequence_length=; the largest segment says nothing about it"
-            return "improved", (f"auto: improved, because no sequence length is known ({hint})",)
-        tokens = f"{sequence_length:,} tokens"
-        if sequence_length < self.ring_from:
-            return "improved", (f"auto: improved, because {tokens} is below {self.ring_from:,}",)
-
-        reasons: list[str] = []
-        if sequence_length > self.sparse_above:
-            above = f"{tokens} is above {self.sparse_above:,}"
-            if not allow_sparse:
-                reasons.append(
-                    f"auto: not block_sparse_ring, though {above}: it computes a different function, "
-                    "and allow_sparse=True was not given"
-                )
-            elif "block_sparse_ring" in installed:
-                return "block_sparse_ring", (f"auto: block_sparse_ring, because {above} and allow_sparse=True",)
-            else:
-                reasons.append(
-                    f"auto: not block_sparse_ring, though {above} and allow_sparse=True: it is not installed "
-                    f"({install_command('block_sparse_ring')})"
-                )
-
-        budget = memory_total if self.memory_budget_bytes is None else self.memory_budget_bytes
-        if process_group:
-            need = "a process group is initialised"
-        elif working_set is not None and budget is not None and working_set > budget:
-            need = f"at least {working_set:,} bytes would be held where the budget is {budget:,}"
+            reasons.append(f"auto: improved, because no sequence length is known ({hint})")
+        elif sequence_length < self.ring_from:
+            reasons.append(f"auto: improved, because {tokens} is below {self.ring_from:,}")
         else:
-            if working_set is None:
-                room = "what the call will hold is not known here"
-            elif budget is None:
-                room = "the device's memory is not known"
-            else:
-                room = f"{working_set:,} bytes fit the budget of {budget:,}"
-            reasons.append(f"auto: improved, because no process group is initialised and {room}")
-            return "improved", tuple(reasons)
-        if "ring" in installed:
-            reasons.append(f"auto: ring, because {tokens} is at or above {self.ring_from:,} and {need}")
-            return "ring", tuple(reasons)
-        reasons.append(
-            f"auto: improved, though {need}: ring, which the policy would use, is not installed "
-            f"({install_command('ring')})"
-        )
+            reasons.append(f"auto: improved, because no group= was given; {self._room(working_set, memory_total)}")
+        if world_size > 1:
+            reasons.append(
+                f"auto: not ring, though a process group of {world_size} ranks is initialised: only group= says that "
+                "its ranks hold shards of one sequence, and not a sequence each"
+            )
         return "improved", tuple(reasons)
+
+    def _room(self, working_set: int | None, memory_total: int | None) -> str:
+        """Whether what a call must hold fits, in words."""
+        budget = memory_total if self.memory_budget_bytes is None else self.memory_budget_bytes
+        if working_set is None:
+            return "what the call will hold is not known here"
+        if budget is None:
+            return "the device's memory is not known"
+        if working_set <= budget:
+            return f"{working_set:,} bytes fit the budget of {budget:,}"
+        return (
+            f"at least {working_set:,} bytes would be held where the budget is {budget:,}: shard the sequence over the "
+            "ranks of a group (group=), or keep keys in host memory with dilated_ring.streamed_attention"
+        )

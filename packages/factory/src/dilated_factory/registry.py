@@ -48,8 +48,17 @@ KNOWN = {
     "block_sparse_ring": KnownType("dilated-block-sparse", "block-sparse,ring", beside="dilated-ring"),
 }
 
-# What this distribution's own metadata registers, for a source tree on PYTHONPATH, which has no metadata.
-_SOURCE_TREE = tuple(EntryPoint(name, f"dilated_factory.types:{name}", GROUP) for name in ("standard", "improved"))
+
+def _module(distribution: str) -> str:
+    """The import package of one of this project's distributions."""
+    return distribution.replace("-", "_")
+
+
+# What the project's own metadata registers, for source trees on PYTHONPATH, which have no metadata.
+_SOURCE_TREES = tuple(
+    (EntryPoint(name, f"{_module(known.distribution)}.types:{name}", GROUP), known.distribution)
+    for name, known in KNOWN.items()
+)
 
 
 class NotInstalledError(ImportError):
@@ -75,19 +84,6 @@ def install_command(name: str) -> str:
     """
     extra = KNOWN[name].extra
     return f'pip install "{_FACTORY}[{extra}]"' if extra else f"pip install {_FACTORY}"
-
-
-def lacks_extra(name: str) -> str | None:
-    """Return the version of dilated-factory that is installed, where it has no extra for a known type yet.
-
-    None where it has one, and for a source tree, where nothing says which extras there are.
-    """
-    try:
-        own = importlib.metadata.metadata(_FACTORY)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    needed = set(filter(None, KNOWN[name].extra.split(",")))
-    return None if needed <= set(own.get_all("Provides-Extra") or ()) else own["Version"]
 
 
 def installed() -> dict[str, Registration]:
@@ -134,15 +130,15 @@ def check_name(name: object, usable: dict[str, Registration]) -> None:
     if name == AUTO or name in usable:
         return
     if name in KNOWN:
-        version = lacks_extra(name)
-        later = f" (dilated-factory {version} has no such extra yet)" if version else ""
         registered = any(entry.name == name for entry, _, _ in _entry_points())
         lacking = f"needs {_missing(name)}" if registered else f"is provided by {KNOWN[name].distribution}"
-        raise NotInstalledError(
-            f'attention_type: "{name}" {lacking}, which is not installed: {install_command(name)}{later}'
-        )
+        raise NotInstalledError(f'attention_type: "{name}" {lacking}, which is not installed: {install_command(name)}')
     names = [AUTO, *KNOWN, *(extra for extra in usable if extra not in KNOWN)]
-    near = difflib.get_close_matches(name.lower(), names, n=1)
+    word = name.lower().replace("-", "_")
+    # A slip of the hand first; then "ring_attention", which means ring; then whatever is like it.
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.8)
+    near = near or sorted((one for one in names if one in word), key=len)[-1:]
+    near = near or difflib.get_close_matches(word, names, n=1)
     hint = f'; did you mean "{near[0]}"?' if near else ""
     raise ValueError(f"attention_type: expected one of {names}, got {name!r}{hint}")
 
@@ -170,7 +166,7 @@ def load(registration: Registration) -> AttentionType:
 def _missing(name: str) -> str:
     """The distribution beside its own that a known type needs and that is not here; "" where there is none."""
     beside = KNOWN[name].beside
-    return beside if beside and importlib.util.find_spec(beside.replace("-", "_")) is None else ""
+    return beside if beside and importlib.util.find_spec(_module(beside)) is None else ""
 
 
 def _entry_points() -> tuple[tuple[EntryPoint, str, str | None], ...]:
@@ -196,8 +192,10 @@ def _read_entry_points(
         distribution = entry.dist
         name = re.sub(r"[-_.]+", "-", distribution.name).lower() if distribution else "(unnamed)"
         rows.append((entry, name, distribution.version if distribution else None))
-    if all(name != _FACTORY for _, name, _ in rows):
-        rows += [(entry, _FACTORY, None) for entry in _SOURCE_TREE]
+    with_metadata = {name for _, name, _ in rows}
+    for source_tree, distribution in _SOURCE_TREES:
+        if distribution not in with_metadata and importlib.util.find_spec(_module(distribution)) is not None:
+            rows.append((source_tree, distribution, None))
     return tuple(rows)
 
 

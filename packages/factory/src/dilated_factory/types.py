@@ -28,7 +28,9 @@ class AttentionType(Protocol):
     """What an entry point of the group "dilated.attention" must load to. Both builders are called by keyword.
 
     The options a builder accepts are read from its signature, so misspelled ones are refused before it is
-    called; with `**options` in its signature the builder has to refuse them itself.
+    called; with `**options` in its signature the builder has to refuse them itself. Where it names `allocator` or
+    `patterns` it is given the shared memory pool or pattern cache by them, see `dilated_core.Allocator` and
+    `dilated_core.PatternStore`.
     """
 
     @property
@@ -55,6 +57,15 @@ class Builders:
 standard = Builders(partial(DilatedAttention, fused=False), partial(MultiheadDilatedAttention, fused=False))
 # The same function as one operator with its own backward.
 improved = Builders(partial(DilatedAttention, fused=True), partial(MultiheadDilatedAttention, fused=True))
+
+
+def names_option(builder: Callable[..., nn.Module], option: str) -> bool:
+    """Whether a builder's signature names that option.
+
+    >>> names_option(improved.attention, "allocator")
+    True
+    """
+    return option in inspect.signature(builder).parameters
 
 
 def accepted_options(builder: Callable[..., nn.Module]) -> tuple[str, ...] | None:

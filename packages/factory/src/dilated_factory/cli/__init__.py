@@ -27,12 +27,25 @@ class Command:
 
 
 COMMANDS = {
-    "info": Command("show versions, devices, kernels and attention types", "dilated_factory.cli.info"),
+    "info": Command(
+        "show versions, this machine and attention types; with --kernels devices and kernels",
+        "dilated_factory.cli.info",
+    ),
+    "bench": Command(
+        "measure the tables of this project's specification on this machine, each output checked",
+        "dilated_factory.bench.command",
+        needs=("rich", "matplotlib"),
+        extra="bench",
+    ),
     "demo": Command(
         "train a small LongNet on this machine and weigh it against dense attention",
         "dilated_factory.demo.command",
         needs=("rich", "matplotlib"),
         extra="bench",
+    ),
+    "tune": Command(
+        "measure memory pools, kernels and block sizes on this machine, and write a profile that the factory follows",
+        "dilated_factory.tune.command",
     ),
 }
 

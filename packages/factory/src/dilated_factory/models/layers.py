@@ -4,7 +4,7 @@
     x = x + drop_path(dropout(ffn(final_layer_norm(x))))                  ffn normalises again before fc2
 
 Parameter names are torchscale's, so its checkpoints load. The attention comes from the factory, so a layer's kernel and
-memory policy are at `layer.self_attn.decision`. May import torch, dilated_core and the factory's create.
+memory policy are at `layer.self_attn.decision`. May import torch, the factory's create and this package's models.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dilated_core import DilatedKVCache
 from dilated_factory.create import create_multihead_dilated_attention
 from dilated_factory.models.initialisation import initialise_linear
 from dilated_factory.models.positions import XPOSPositions
+from dilated_factory.models.row_caches import LayerCache, RowCaches
 
 __all__ = ["ACTIVATIONS", "DilatedTransformerDecoderLayer", "DilatedTransformerEncoderLayer", "FeedForward"]
 
@@ -200,7 +200,7 @@ class DilatedTransformerEncoderLayer(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(
-        self, hidden: Tensor, key_padding_mask: Tensor | None = None, cache: DilatedKVCache | None = None
+        self, hidden: Tensor, key_padding_mask: Tensor | None = None, cache: LayerCache | None = None
     ) -> Tensor:
         """Hidden states (batch, seq, embed_dim) to the same shape and dtype.
 
@@ -209,15 +209,21 @@ class DilatedTransformerEncoderLayer(nn.Module):
             key_padding_mask: (batch, seq), bool, True where a position is padding, as nn.TransformerEncoderLayer's
                 src_key_padding_mask: no row attends it. Rows of padding come out finite and mean nothing.
             cache: of self_attn.new_cache: hidden follows the states it has seen, and is added to it. For causal layers.
+                RowCaches where the rows have seen different numbers of them. Without a mask.
 
         Raises:
             TypeError, ValueError: hidden is not floating or not of that shape; the mask is not bool or does not fit.
         """
         check_hidden(hidden, self.embed_dim)
-        # Types that others register may know no cache: they are asked for it only where there is one.
-        options = {} if cache is None else {"cache": cache}
         normalised = self.self_attn_layer_norm(hidden)
-        attended, _ = self.self_attn(normalised, key_padding_mask=key_padding_mask, **options)
+        if isinstance(cache, RowCaches):
+            if key_padding_mask is not None:
+                raise ValueError("key_padding_mask: expected None beside RowCaches, whose groups say what is padding")
+            attended = cache.attend(self.self_attn, normalised)
+        else:
+            # Types that others register may know no cache: they are asked for it only where there is one.
+            options = {} if cache is None else {"cache": cache}
+            attended, _ = self.self_attn(normalised, key_padding_mask=key_padding_mask, **options)
         hidden = hidden + self.drop_path(self.dropout(attended))
         fed = self.ffn(self.final_layer_norm(hidden))
         output: Tensor = hidden + self.drop_path(self.dropout(fed))

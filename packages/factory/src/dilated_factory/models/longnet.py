@@ -1,7 +1,7 @@
 """LongNet: a stack of dilated layers over embeddings (arXiv 2307.02486 on MAGNETO, arXiv 2210.06423).
 
 `DilatedStack` is what encoder and language model share: the layers, one positions module between them, the final norm,
-activation checkpointing. May import torch, dilated_core and this package's create.
+activation checkpointing, the record of its arguments. May import torch and this package's models.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dilated_core import DilatedKVCache
 from dilated_factory.models.initialisation import magneto_gain
 from dilated_factory.models.layers import (
     DilatedTransformerEncoderLayer,
     check_hidden,
 )
 from dilated_factory.models.positions import create_positions
+from dilated_factory.models.pretrained import Pretrained, defaults_of
+from dilated_factory.models.row_caches import LayerCache
 
 __all__ = ["DilatedStack", "LongNet"]
 
 
-class DilatedStack(nn.Module):
+class DilatedStack(Pretrained):
     """`num_layers` layers of one class, MAGNETO-initialised, and a LayerNorm at the end; see LongNet for the arguments.
 
     State dict: layers.{i}.* as the layer documents, layer_norm.{weight,bias}. Positions hold nothing.
@@ -74,12 +75,27 @@ class DilatedStack(nn.Module):
             for depth in range(num_layers)
         )
         self.layer_norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps, device=device, dtype=dtype)
+        self.arguments = {
+            "embed_dim": embed_dim,
+            "num_heads": num_heads,
+            "num_layers": num_layers,
+            "segment_lengths": tuple(segment_lengths),
+            "dilation_rates": tuple(dilation_rates),
+            "positions": positions,
+            "xpos_scale_base": xpos_scale_base,
+            "drop_path": drop_path,
+            "layer_norm_eps": layer_norm_eps,
+            "checkpoint_activations": checkpoint_activations,
+            # A default of today is what the model has been trained with, whatever the default will be.
+            **defaults_of(self.layer_class, leaving_out=("drop_path", "layer_norm_eps", "gamma_init", "rotary")),
+            **layer_options,
+        }
 
     def run_layers(
         self,
         hidden: Tensor,
         key_padding_mask: Tensor | None = None,
-        caches: Sequence[DilatedKVCache] | None = None,
+        caches: Sequence[LayerCache] | None = None,
     ) -> Tensor:
         """Hidden states (batch, seq, embed_dim) through every layer and the final norm.
 
