@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import gc
+import pickle
 
 import pytest
 import torch
 
-from dilated_memory_pool import MemoryPool, PoolLimitError
-from dilated_memory_pool.adaptors import SharedBackend
+from dilated_memory_pool import MemoryPool, PoolLimitError, PoolMemoryError
+from dilated_memory_pool.adaptors import Adaptor, LimitingAdaptor, SharedBackend
 from dilated_memory_pool.attention import AttentionBufferManager
-from dilated_memory_pool.backends import HostBackend
+from dilated_memory_pool.backends import HostBackend, Memory
 
 MIB = 2**20
 
@@ -67,3 +68,37 @@ def test_the_limit_can_be_changed() -> None:
         pool.allocate(4 * MIB)
     shared.set_limit("8MiB")
     del pool, shared
+
+
+class Talkative(Adaptor):
+    """Refuses all memory, and knows why."""
+
+    def allocate(self, nbytes: int) -> Memory:
+        raise PoolMemoryError(nbytes, 0, 0, None, 0, why="rank 1 reserves it all; ask rank 1")
+
+
+def test_what_an_adaptor_knows_reaches_the_user() -> None:
+    shared = SharedBackend(Talkative(HostBackend()), None)
+    with pytest.raises(PoolMemoryError, match=r"requested 4 MiB, .*; rank 1 reserves it all; ask rank 1$") as refusal:
+        MemoryPool(shared).allocate("4MiB")
+    assert str(pickle.loads(pickle.dumps(refusal.value))) == str(refusal.value)
+    with (
+        AttentionBufferManager(shared) as manager,
+        pytest.raises(PoolMemoryError, match=r"; rank 1 reserves it all; ask rank 1$"),
+    ):
+        manager.empty(4 * MIB, dtype=torch.uint8, kind="scores")
+
+
+def test_a_request_that_is_refused_at_first_and_then_served_leaves_no_cycle() -> None:
+    pool = MemoryPool(LimitingAdaptor(HostBackend(), "2MiB"), mode="lightweight")
+    gc.collect()
+    gc.disable()
+    try:
+        cycle: list[object] = [pool.allocate("2MiB")]
+        cycle.append(cycle)
+        del cycle  # idle only after a collection, which the pool makes
+        block = pool.allocate("2MiB")
+        del block
+        assert pool.statistics().allocated_bytes == 0
+    finally:
+        gc.enable()

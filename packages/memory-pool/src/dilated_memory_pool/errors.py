@@ -14,15 +14,18 @@ class PoolMemoryError(MemoryError):
         reserved: bytes the pool held altogether.
         limit: the pool's limit in bytes, or None.
         largest_free: bytes of the largest free span that was left.
+        why: what is said instead of advice, by an adaptor that knows more than the pool; "" where none does.
     """
 
-    def __init__(self, requested: int, allocated: int, reserved: int, limit: int | None, largest_free: int) -> None:
+    def __init__(
+        self, requested: int, allocated: int, reserved: int, limit: int | None, largest_free: int, why: str = ""
+    ) -> None:
         self.requested, self.allocated, self.reserved = requested, allocated, reserved
-        self.limit, self.largest_free = limit, largest_free
+        self.limit, self.largest_free, self.why = limit, largest_free, why
         super().__init__(
             f"{self._cause()}: requested {format_bytes(requested)}, allocated {format_bytes(allocated)}, "
             f"reserved {format_bytes(reserved)}, limit {'none' if limit is None else format_bytes(limit)}, "
-            f"largest free block {format_bytes(largest_free)}; {self._cure()}"
+            f"largest free block {format_bytes(largest_free)}; {why or self._cure()}"
         )
 
     def _cause(self) -> str:
@@ -31,9 +34,9 @@ class PoolMemoryError(MemoryError):
     def _cure(self) -> str:
         return "free tensors, or ask for less"
 
-    def __reduce__(self) -> tuple[type[PoolMemoryError], tuple[int, int, int, int | None, int]]:
+    def __reduce__(self) -> tuple[type[PoolMemoryError], tuple[int, int, int, int | None, int, str]]:
         """So that it crosses process boundaries with its numbers."""
-        return type(self), (self.requested, self.allocated, self.reserved, self.limit, self.largest_free)
+        return type(self), (self.requested, self.allocated, self.reserved, self.limit, self.largest_free, self.why)
 
 
 class PoolLimitError(PoolMemoryError):

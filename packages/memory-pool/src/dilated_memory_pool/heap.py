@@ -257,31 +257,34 @@ class Heap:
         """A lease on a new arena, or on what trimming, collecting garbage and waiting for streams brought back."""
         size = self._round_up(nbytes)
         refusal: MemoryError | None = None
-        for remedies in (), (self._make_room,), (self._collect, self._make_room):
-            for remedy in remedies:
-                remedy(size, refusal is not None)
-                lease = self._reuse(nbytes, hidden)
-                if lease is not None:
-                    return lease
-            for arena_bytes in dict.fromkeys((self._placement.arena_bytes(size), size)):
-                operation = object()
-                try:
-                    if self._charge(operation, arena_bytes):
-                        return self._open(operation, arena_bytes, nbytes, hidden)
-                except MemoryError as error:
-                    refusal = error
-                finally:
-                    self._discharge(operation)
-        with self.lock:
-            self._ooms += 1
-            kind = PoolLimitError if refusal is None else PoolMemoryError
-            largest = self._placement.largest_free()
-            failure = kind(nbytes, self._allocated, self._reserved, self.limit, largest)
-            self._bulletin.note("failure", 0, nbytes, nbytes)
-        self._bulletin.publish()
+        failure: PoolMemoryError | None = None
         try:
+            for remedies in (), (self._make_room,), (self._collect, self._make_room):
+                for remedy in remedies:
+                    remedy(size, refusal is not None)
+                    lease = self._reuse(nbytes, hidden)
+                    if lease is not None:
+                        return lease
+                for arena_bytes in dict.fromkeys((self._placement.arena_bytes(size), size)):
+                    operation = object()
+                    try:
+                        if self._charge(operation, arena_bytes):
+                            return self._open(operation, arena_bytes, nbytes, hidden)
+                    except MemoryError as error:
+                        refusal = error
+                    finally:
+                        self._discharge(operation)
+            with self.lock:
+                self._ooms += 1
+                limited = refusal is None or isinstance(refusal, PoolLimitError)
+                kind = PoolLimitError if limited else PoolMemoryError
+                largest = self._placement.largest_free()
+                why = refusal.why if isinstance(refusal, PoolMemoryError) else ""
+                failure = kind(nbytes, self._allocated, self._reserved, self.limit, largest, why)
+                self._bulletin.note("failure", 0, nbytes, nbytes)
+            self._bulletin.publish()
             raise failure from refusal
-        finally:
+        finally:  # also where it was served after a refusal
             del failure, refusal  # or they and this frame refer to each other, and keep the callers' tensors alive
 
     def _charge(self, operation: object, arena_bytes: int) -> bool:

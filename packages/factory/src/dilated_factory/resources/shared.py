@@ -27,6 +27,9 @@ MIN_BYTES = "1MiB"
 class Coordinator(Protocol):
     """Who makes the ranks of a group share memory: ``dilated_factory.coordination.PoolCoordinator`` is one."""
 
+    def covers(self, backend: Backend) -> bool:
+        """Whether that memory is the one it coordinates."""
+
     def coordinated(self, upstream: Backend) -> Backend:
         """A backend that draws from ``upstream`` what the ranks' common limit allows."""
 
@@ -123,7 +126,7 @@ class SharedResources:
         shared = self._backends.get(place)
         if shared is None:
             upstream = self._upstream(place)
-            if self.coordinator is not None:
+            if self.coordinator is not None and self.coordinator.covers(upstream):
                 upstream = self.coordinator.coordinated(upstream)
             shared = self._backends.setdefault(place, SharedBackend(upstream, self.limit))
         return shared

@@ -162,8 +162,8 @@ def holder_of_kernel(module: nn.Module) -> Any:
     return module if hasattr(module, "kernel") else module.attention
 
 
-# By the name of a switch: what it was before, and then each call under way with its precision, the latest last. Calls of
-# several threads end in any order, and after the last one it is what it was before the first.
+# By the name of a switch: what it was before, and then each call under way with its precision, the latest last. Calls
+# of several threads end in any order, and after the last one it is what it was before the first.
 _IN_FORCE: dict[str, list[tuple[object, str]]] = {}
 
 

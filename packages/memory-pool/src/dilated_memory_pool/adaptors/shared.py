@@ -86,9 +86,9 @@ class SharedBackend(FailureCallbackAdaptor):
     def failure(self, last: PoolMemoryError) -> PoolMemoryError:
         """What one pool raised, with the numbers of all of them."""
         limited = isinstance(last, PoolLimitError) or isinstance(last.__cause__, PoolLimitError)
-        return self._refusal(PoolLimitError if limited else PoolMemoryError, last.requested)
+        return self._refusal(PoolLimitError if limited else PoolMemoryError, last.requested, last.why)
 
-    def _refusal(self, error: type[PoolMemoryError], requested: int) -> PoolMemoryError:
+    def _refusal(self, error: type[PoolMemoryError], requested: int, why: str = "") -> PoolMemoryError:
         moments = [now for now, _ in self._moments()]
         return error(
             requested,
@@ -96,6 +96,7 @@ class SharedBackend(FailureCallbackAdaptor):
             sum(now.reserved_bytes for now in moments),
             self.limit,
             max((now.largest_free_bytes for now in moments), default=0),
+            why,
         )
 
     def _moments(self) -> list[tuple[PoolStatistics, MemoryPool]]:

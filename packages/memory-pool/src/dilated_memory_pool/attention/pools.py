@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
+from dilated_memory_pool.adaptors import SharedBackend
 from dilated_memory_pool.attention.kinds import BufferKind
 from dilated_memory_pool.attention.policies import DEFAULT_POLICIES, DEVICE, BufferPolicy
-from dilated_memory_pool.adaptors import SharedBackend
 from dilated_memory_pool.backends import Backend, choose
 from dilated_memory_pool.pool import MemoryPool
 
