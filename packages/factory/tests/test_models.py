@@ -149,14 +149,13 @@ def test_every_parameter_has_a_gradient(tie: bool) -> None:
         assert parameter.grad.abs().max() > 1e-6, name
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("attention_type", ["standard", "improved"])
-def test_checkpointing_changes_no_gradient(attention_type: str, checkpointed: bool) -> None:
+def test_checkpointing_changes_no_gradient(attention_type: str) -> None:
     """Dropout of every kind draws the same again; so do hooks that users put on, and the factory's own."""
     options = {"dropout": 0.1, "attention_dropout": 0.2, "activation_dropout": 0.1, "drop_path": 0.3}
     options |= {"attention_type": attention_type, "dtype": torch.float64}
     gradients, calls = [], []
-    for recomputed in (False, checkpointed):
+    for recomputed in (False, True):
         model = language_model(checkpoint_activations=recomputed, **options)
         calls.append([])
         for layer in model.layers:
@@ -167,8 +166,7 @@ def test_checkpointing_changes_no_gradient(attention_type: str, checkpointed: bo
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], rtol=1e-12, atol=1e-14), name
-    assert len(calls[0]) == LAYERS
-    assert len(calls[1]) == (2 * LAYERS if checkpointed else LAYERS)
+    assert [len(shapes) for shapes in calls] == [LAYERS, 2 * LAYERS]
 
 
 def test_checkpointing_is_for_training_only() -> None:
@@ -202,8 +200,7 @@ DROPPING = {"dropout": 0.1, "attention_dropout": 0.2, "checkpoint_activations": 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("backend", "lengths"), [("aot_eager", (40, 57)), ("inductor", (40, 40))], ids=str)
-def test_training_with_a_compiled_loss_is_training(backend: str, lengths: tuple[int, ...]) -> None:
+def test_training_with_a_compiled_loss_is_training() -> None:
     """Two steps, the forward pass and the loss in one graph: the losses of eager steps."""
     losses: dict[bool, list[float]] = {}
     for compiled in (False, True):
@@ -214,13 +211,13 @@ def test_training_with_a_compiled_loss_is_training(backend: str, lengths: tuple[
         def loss_of(text: Tensor, model: LongNetLM = model) -> Tensor:
             return functional.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
 
-        call = torch.compile(loss_of, fullgraph=True, backend=backend) if compiled else loss_of
+        call = torch.compile(loss_of, fullgraph=True) if compiled else loss_of
         torch.manual_seed(5)
         losses[compiled] = []
         # torch's own generator in inductor's kernels too, so that both drop the same.
         with torch._inductor.config.patch(fallback_random=True):
-            for length in lengths:
-                loss = call(tokens(2, length))
+            for _ in range(2):
+                loss = call(tokens(2, 40))
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -260,8 +257,7 @@ def test_a_compiled_loss_is_one_graph() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_of", ["language_model", "encoder"])
-def test_a_compiled_model_serves_every_length_without_compiling_again(model_of: str) -> None:
+def test_a_compiled_model_serves_every_length_without_compiling_again() -> None:
     """Forward and backward, fullgraph; outputs and gradients of the model as it is."""
     graphs = 0
     aot_eager = torch._dynamo.lookup_backend("aot_eager")
@@ -272,13 +268,12 @@ def test_a_compiled_model_serves_every_length_without_compiling_again(model_of: 
         return aot_eager(graph, inputs)
 
     torch._dynamo.reset()
-    model = (language_model if model_of == "language_model" else encoder)(dtype=torch.float64)
+    model = LongNetLM(VOCAB, EMBED, HEADS, 1, SEGMENTS, RATES, dtype=torch.float64)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counted)
     parameters = list(model.parameters())
     at_first = 0
     for length in (40, 57, 33, 100):
-        inputs = tokens(2, length) if model_of == "language_model" else torch.randn(2, length, EMBED).double()
-        expected, found = model(inputs), compiled(inputs)
+        expected, found = model(tokens(2, length)), compiled(tokens(2, length))
         assert torch.allclose(found, expected, rtol=0, atol=1e-10), length
         cotangent = torch.randn_like(expected)
         for one, other in zip(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     )
     from dilated_factory.decision import Decision
     from dilated_factory.hardware import Hardware
+    from dilated_factory.interop.transformers import register_transformers
     from dilated_factory.models import (
         DilatedTransformerDecoderLayer,
         DilatedTransformerEncoderLayer,
@@ -44,6 +45,7 @@ __all__ = [
     "SharedResources",
     "create_dilated_attention",
     "create_multihead_dilated_attention",
+    "register_transformers",
     "report",
     "shared_resources",
 ]
@@ -63,6 +65,7 @@ _HOMES = {
     "SharedResources": "resources",
     "create_dilated_attention": "create",
     "create_multihead_dilated_attention": "create",
+    "register_transformers": "interop.transformers",
     "report": "reporting",
     "shared_resources": "resources",
 }

@@ -178,7 +178,10 @@ def _build(request: Request, form: str, pattern: DilatedPattern, **sizes: int) -
     decided = cast(DecidedModule, module)
     decided.decision = decision
     if rules is not None:
-        module.register_forward_pre_hook(FollowCalls(rules), with_kwargs=True)
+        follow = FollowCalls(rules)
+        if rules.profile is None and decision.sequence_length is not None:
+            follow.decisions[rules.policy.length_class(decision.sequence_length),] = decision
+        module.register_forward_pre_hook(follow, with_kwargs=True)
     if request.fp32_precision is not None:
         PrecisionOfFloat32(request.fp32_precision).attach(module)
     logger.info("%s", decision.summary())

@@ -193,9 +193,9 @@ def _read_entry_points(
         name = re.sub(r"[-_.]+", "-", distribution.name).lower() if distribution else "(unnamed)"
         rows.append((entry, name, distribution.version if distribution else None))
     with_metadata = {name for _, name, _ in rows}
-    for source_tree, distribution in _SOURCE_TREES:
-        if distribution not in with_metadata and importlib.util.find_spec(_module(distribution)) is not None:
-            rows.append((source_tree, distribution, None))
+    for source_tree, provider in _SOURCE_TREES:
+        if provider not in with_metadata and importlib.util.find_spec(_module(provider)) is not None:
+            rows.append((source_tree, provider, None))
     return tuple(rows)
 
 

@@ -54,18 +54,22 @@ class Builders:
 
 
 # The composition of torch operations that autograd differentiates, to read and to check against.
-standard = Builders(partial(DilatedAttention, fused=False), partial(MultiheadDilatedAttention, fused=False))
+# They allocate and plan for themselves, so it has no options for a pool and a cache.
+standard = Builders(
+    partial(DilatedAttention, fused=False, allocator=None, patterns=None),
+    partial(MultiheadDilatedAttention, fused=False, allocator=None, patterns=None),
+)
 # The same function as one operator with its own backward.
 improved = Builders(partial(DilatedAttention, fused=True), partial(MultiheadDilatedAttention, fused=True))
 
 
 def names_option(builder: Callable[..., nn.Module], option: str) -> bool:
-    """Whether a builder's signature names that option.
+    """Whether a builder's signature names that option, and it is not settled by a partial.
 
-    >>> names_option(improved.attention, "allocator")
-    True
+    >>> names_option(improved.attention, "allocator"), names_option(standard.attention, "allocator")
+    (True, False)
     """
-    return option in inspect.signature(builder).parameters
+    return option in inspect.signature(builder).parameters and option not in _settled(builder)
 
 
 def accepted_options(builder: Callable[..., nn.Module]) -> tuple[str, ...] | None:
@@ -79,6 +83,11 @@ def accepted_options(builder: Callable[..., nn.Module]) -> tuple[str, ...] | Non
     parameters = inspect.signature(builder).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
-    settled = {*SIZES, *(builder.keywords if isinstance(builder, partial) else ())}
+    settled = {*SIZES, *_settled(builder)}
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     return tuple(one.name for one in parameters if one.kind in named and one.name not in settled)
+
+
+def _settled(builder: Callable[..., nn.Module]) -> frozenset[str]:
+    """The options that a partial has already set."""
+    return frozenset(builder.keywords) if isinstance(builder, partial) else frozenset()

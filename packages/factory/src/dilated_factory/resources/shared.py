@@ -12,14 +12,13 @@ from typing import Any, Literal, Protocol
 import torch
 
 from dilated_factory.policy import PoolMode
+from dilated_factory.profile import users_profile
 from dilated_memory_pool import MemoryPool, PoolStatistics
 from dilated_memory_pool.adaptors import SharedBackend
-from dilated_memory_pool.attention import DEFAULT_POLICIES, AttentionBufferManager, BufferKind
+from dilated_memory_pool.attention import DEFAULT_POLICIES, AttentionBufferManager, BufferKind, BufferPolicy
 from dilated_memory_pool.backends import Backend, choose
 from dilated_pattern_cache import CacheInfo, DilatedPatternCache
 
-# Messages of the rings are sent from the device, and page-locked memory is not on it.
-_ON_DEVICE = {BufferKind.COMM: replace(DEFAULT_POLICIES[BufferKind.COMM], backend="device")}
 # The size from which a pool serves a tensor itself, where no profile has measured another: dilated_memory_pool's own.
 MIN_BYTES = "1MiB"
 
@@ -50,7 +49,7 @@ class SharedResources:
         limit: what all pools on one device may reserve together: bytes, text such as "8GiB", or a float, the fraction
             of the device's memory.
         min_bytes: tensors smaller than this are left to PyTorch. None: what `dilated tune` has measured on this
-            machine, else 1 MiB.
+            machine, else 1 MiB; and for a buffer manager what the policy of each kind says.
         cache_entries, cache_bytes: what the pattern cache keeps at most; None for no limit on bytes.
         backend: (torch.device) -> the backend or the name of one that pools on it draw from, see ``MemoryPool``. By
             default host memory on the CPU, and on a CUDA device CuPy's where that is installed, else PyTorch's.
@@ -98,11 +97,11 @@ class SharedResources:
                 raise ValueError(f'mode: expected "lightweight" or "full", got {mode!r}')
             shared = self.backend(place)
             # Of two threads that make the same pool at once, one makes what is dropped again, empty.
-            new = MemoryPool(shared, mode=mode, min_bytes=self.min_bytes)
+            new = MemoryPool(shared, mode=mode, min_bytes=self._least(place), limit=shared.limit)
             pool = self._pools.setdefault((place, mode), new)
             shared.attach(mode, pool)
-            if self.coordinator is not None and pool is new:
-                self.coordinator.watch(pool)
+            if pool is new:
+                self._watch(pool, shared)
         return pool
 
     def manager(self, device: torch.device | str) -> AttentionBufferManager:
@@ -114,11 +113,27 @@ class SharedResources:
         place = _place(device)
         manager = self._managers.get(place)
         if manager is None:
-            new = AttentionBufferManager(self.backend(place), policies=_ON_DEVICE)
+            shared = self.backend(place)
+            new = AttentionBufferManager(shared, policies=self._policies())
             manager = self._managers.setdefault(place, new)
-            if self.coordinator is not None and manager is new:
-                self.coordinator.watch(manager)
+            if manager is new:
+                self._watch(manager, shared)
         return manager
+
+    def _policies(self) -> dict[BufferKind, BufferPolicy]:
+        """Where the buffers of each kind come from: all on the device, and from the size that was given."""
+        # Messages of the rings are sent from the device, and page-locked memory is not on it.
+        policies = {kind: replace(policy, backend="device") for kind, policy in DEFAULT_POLICIES.items()}
+        if self._min_bytes is None:
+            return policies
+        least = self._min_bytes
+        return {
+            kind: policy if policy.shared else replace(policy, min_bytes=least) for kind, policy in policies.items()
+        }
+
+    def _watch(self, pool: MemoryPool | AttentionBufferManager, shared: SharedBackend) -> None:
+        if self.coordinator is not None and self.coordinator.covers(shared):
+            self.coordinator.watch(pool)
 
     def backend(self, device: torch.device | str) -> SharedBackend:
         """What all pools of that device draw from, under one limit."""
@@ -131,16 +146,13 @@ class SharedResources:
             shared = self._backends.setdefault(place, SharedBackend(upstream, self.limit))
         return shared
 
-    @property
-    def min_bytes(self) -> int | str:
-        """The size from which pools serve a tensor themselves."""
-        if self._min_bytes is None:
-            from dilated_factory.profile import users_profile
-
-            profile = users_profile()
-            measured = None if profile is None else profile.pool_min_bytes
-            self._min_bytes = MIN_BYTES if measured is None else measured
-        return self._min_bytes
+    def _least(self, place: torch.device) -> int | str:
+        """The size from which the pools of that device serve a tensor themselves."""
+        if self._min_bytes is not None:
+            return self._min_bytes
+        profile = users_profile(place.type)
+        measured = None if profile is None else profile.pool_min_bytes
+        return MIN_BYTES if measured is None else measured
 
     def _upstream(self, place: torch.device) -> Backend:
         chosen: Backend | str
@@ -218,6 +230,6 @@ def shared_resources() -> SharedResources:
 def _place(device: torch.device | str) -> torch.device:
     """The device with its index, so that "cuda" and "cuda:0" are one."""
     place = torch.device(device)
-    if place.type == "cuda" and place.index is None:
+    if place == torch.device("cuda"):
         return torch.device("cuda", torch.cuda.current_device())
     return place if place.type == "cuda" else torch.device(place.type)

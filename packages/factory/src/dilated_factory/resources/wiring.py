@@ -103,8 +103,8 @@ class FollowCalls:
     def _follow(self, module: nn.Module, query: Tensor, of: tuple[Any, ...]) -> None:
         decided = cast("Decision", module.decision)
         decision = self.decisions.get(of)
+        _look_at_layout(query, self.rules.sequence_length)
         if decision is None:
-            _look_at_layout(query, self.rules.sequence_length)
             decision = self._decide(decided, query, of)
             self.decisions[of] = decision
             if decision.summary() != decided.summary():
@@ -120,20 +120,19 @@ class FollowCalls:
 
     def _decide(self, decided: Decision, query: Tensor, of: tuple[Any, ...]) -> Decision:
         rules, length = self.rules, query.shape[1]
-        reasons = {reason.partition(":")[0]: reason for reason in decided.reasons}
         pool_mode, kernel = decided.pool_mode, decided.kernel
+        anew: dict[str, str] = {}
         if rules.allocator is not None:
             pool_mode, why = rules.policy.choose_pool(
                 rules.attention_type, length, enable=rules.enable, lightweight=rules.lightweight
             )
-            reasons["pool"] = f"pool: {pool_mode}, {why}"
+            anew["pool"] = f"pool: {pool_mode}, {why}"
         if rules.profile is not None:
             _, _, dtype, device = of
             head_dim = query.shape[-1] if rules.head_dim is None else rules.head_dim
-            kernel, reasons["kernel"] = rules.kernel(device, dtype, head_dim, length)
-        return replace(
-            decided, pool_mode=pool_mode, kernel=kernel, reasons=tuple(reasons.values()), sequence_length=length
-        )
+            kernel, anew["kernel"] = rules.kernel(device, dtype, head_dim, length)
+        reasons = tuple(anew.get(reason.partition(":")[0], reason) for reason in decided.reasons)
+        return replace(decided, pool_mode=pool_mode, kernel=kernel, reasons=reasons, sequence_length=length)
 
 
 def _look_at_layout(query: Tensor, expected: int | None) -> None:
