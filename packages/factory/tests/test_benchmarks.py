@@ -38,3 +38,13 @@ def test_semantics_benchmark(tmp_path: Path) -> None:
         assert len(result["relative_difference"][part]) == 6
         assert all(difference > 0 for difference in result["relative_difference"][part].values())
     assert page.count("\n| ") == 7
+
+
+@pytest.mark.slow
+def test_tune_benchmark(tmp_path: Path) -> None:
+    result, page = run("tune", tmp_path, "--quick")
+    assert len(result["rows"]) == 4
+    for row in result["rows"]:
+        assert row["ratio"] > 0
+        assert row["deviation"] < 1e-4
+    assert page.count("\n| ") >= len(result["rows"])

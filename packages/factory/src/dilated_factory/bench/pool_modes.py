@@ -39,10 +39,11 @@ TABLES = (
         "dynamic",
         "Lessons Learned: dynamic workloads and peak memory",
         "Lengths that change at every call. *Attention*: forward passes. *Buffers*: two at a time are made, filled, "
-        "looked at and thrown away, larger than what the C library keeps.",
-        "The 3.47x is one of allocation: bare buffers above 32 MiB, which the C library gives back to the system at "
-        "every call, show it; attention, which needs few of them and computes for long, does not. Peak memory rises "
-        "because pools keep memory of the sizes that they were asked for.",
+        "looked at and thrown away.",
+        "The 3.47x is one of allocation: large bare buffers, which the C library gives back to the system at every "
+        "call, show it and more; attention, which needs few of them and computes for long, does not. Peak memory "
+        "rises because pools keep memory of the sizes that they were asked for, and a full one takes it from the "
+        "system in large pieces.",
     ),
     Table(
         "kinds",
@@ -178,7 +179,7 @@ def _kinds(bench: Bench, seconds: float) -> list[Row]:
             "reused": f"{one.hits:,}",
             "new memory": f"{one.misses:,}",
             "left to PyTorch": f"{one.bypasses:,}",
-            "peak, MiB": f"{one.peak_requested_bytes / MIB:.1f}",
+            "at once, MiB": f"{one.peak_requested_bytes / MIB:.1f}",
         }
         for (_, kind), one in numbers.items()
     }
