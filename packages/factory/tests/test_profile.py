@@ -128,6 +128,19 @@ def test_a_changed_file_is_read_again(users: Path) -> None:
         assert created().decision.pool_mode == "off"
 
 
+def test_another_number_of_threads_is_another_machine(users: Path) -> None:
+    fitting().save()
+    threads = torch.get_num_threads()
+    assert users_profile("cpu") is not None
+    try:
+        torch.set_num_threads(threads + 1)
+        with pytest.warns(UserWarning, match=f"and this is .* {threads + 1} threads"):
+            assert users_profile("cpu") is None
+    finally:
+        torch.set_num_threads(threads)
+    assert users_profile("cpu") is not None
+
+
 def test_of_two_files_written_in_the_same_instant_the_later_counts(users: Path) -> None:
     fitting().save(users)
     instant = users.stat().st_mtime_ns
@@ -177,6 +190,8 @@ BROKEN = {
     "empty": "",
     "cut": content()[:-40],
     "no object": "[1, 2]",
+    "too deep": "[" * 200_000,
+    "a number too long": content(pool_min_bytes=1)[:-1] + ', "x": ' + "9" * 5000 + "}",
     "null": "null",
     "not text": b"\xff\xfe\x00",
     "another format": content(format=FORMAT + 1),

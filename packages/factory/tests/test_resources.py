@@ -196,15 +196,25 @@ def test_a_new_limit_gives_back_what_is_idle() -> None:
         PooledAllocator(other, "full").empty((4 * MIB,), dtype=torch.uint8, device=CPU)
 
 
-@pytest.mark.parametrize("limit", ["much", "-1GiB", -1, [1]])
-def test_a_limit_that_is_none_is_refused(limit: Any) -> None:
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize("limit", ["much", "-1GiB", -1, 1.5, [1]])
+def test_a_limit_that_is_none_is_refused(limit: Any, used: bool) -> None:
     with pytest.raises((TypeError, ValueError), match="limit"):
-        SharedResources(limit).pool("cpu")
+        SharedResources(limit)
     resources = SharedResources()
-    resources.pool("cpu")
+    if used:
+        resources.pool("cpu")
     with pytest.raises((TypeError, ValueError), match="limit"):
         resources.set_limit(limit)
     assert resources.limit == 1.0
+
+
+@pytest.mark.parametrize(
+    "option", [{"min_bytes": "much"}, {"min_bytes": -1}, {"min_bytes": 0.5}, {"backend": "host"}, {"coordinator": 5}]
+)
+def test_what_is_no_argument_is_refused_before_the_first_call(option: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=next(iter(option))):
+        SharedResources(**option)
 
 
 def test_trimming_gives_everything_idle_back() -> None:

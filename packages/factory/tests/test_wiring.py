@@ -6,8 +6,11 @@ group of one.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
+import multiprocessing
+import os
 import pickle
 import sys
 import warnings
@@ -19,6 +22,9 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
+from dilated_core import kernels
+from dilated_core.kernels import Needs
+from dilated_core.kernels.cpu_flash import CPUFlash
 from dilated_factory import (
     Decision,
     LongNet,
@@ -32,6 +38,7 @@ from dilated_factory import (
     shared_resources,
 )
 from dilated_factory.profile import KernelRule
+from dilated_factory.resources import wiring
 from dilated_factory.resources.handles import CachedPatterns, PooledAllocator
 from dilated_factory.resources.wiring import PrecisionOfFloat32
 from dilated_memory_pool import MemoryPool
@@ -277,6 +284,15 @@ def test_a_manager_of_ones_own_is_told_the_kinds(resources: SharedResources) -> 
             {"patterns": PatternCache(), "enable_pattern_cache": True},
             "^enable_pattern_cache: expected None beside patt",
         ),
+        (
+            {"allocator": MemoryPool("host"), "enable_memory_pool": False},
+            "^enable_memory_pool: expected None beside allocator, which is what is used, got False",
+        ),
+        ({"allocator": MemoryPool("host"), "lightweight_pool": False}, "^lightweight_pool: expected None beside alloc"),
+        (
+            {"patterns": PatternCache(), "enable_pattern_cache": False},
+            "^enable_pattern_cache: expected None beside patterns, which is what is used, got False",
+        ),
         ({"buffer_manager": True, "enable_memory_pool": False}, "^buffer_manager=True and enable_memory_pool=False"),
         ({"buffer_manager": True, "lightweight_pool": True}, "^buffer_manager=True and lightweight_pool contradict"),
     ],
@@ -349,6 +365,22 @@ def test_calls_of_another_class_are_decided_anew(name: str, resources: SharedRes
     assert f"pool: full, {'' if name not in ALWAYS else f'{name} always uses a pool; '}201 tokens" in str(
         module.decision
     )
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_of_a_fork_decides_though_a_thread_was_deciding(resources: SharedResources) -> None:
+    module = make(policy=SHORT, resources=resources)
+    (hook,) = module._forward_pre_hooks.values()
+    query = torch.empty(1, 101, 2, 4)
+    child = multiprocessing.get_context("fork").Process(target=hook, args=(module, (query,), {}))
+    with warnings.catch_warnings(), wiring._SWITCHING:  # as another thread does for a moment
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forks of a process with threads
+        child.start()
+    child.join(20)
+    if child.is_alive():
+        child.kill()
+        child.join(20)
+    assert child.exitcode == 0
 
 
 def test_a_class_keeps_its_decision(resources: SharedResources) -> None:
@@ -655,6 +687,70 @@ def test_a_profile_of_another_device_chooses_no_kernel() -> None:
     assert kernel_of(module) == "auto"
 
 
+def test_a_profiles_kernel_that_takes_no_mask_is_not_taken_beside_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = profile(KernelRule("float32", 1, "cpu_flash"))
+    plain = kernels.table()[1].refusal
+    inputs, real = torch.randn(3, 1, 51, 2, 4), torch.arange(51)[None] < 40
+    module = make(profile=measured, resources=SharedResources())
+    if module(*inputs) is None or kernel_of(module) != "cpu_flash":
+        pytest.skip("this CPU has no flash kernel")
+
+    def refusal(self: Any, device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs) -> str | None:
+        return "it takes no key padding mask" if needs.mask else plain(device, dtype, head_dim, needs)
+
+    monkeypatch.setattr(CPUFlash, "refusal", refusal)  # as those for CUDA do
+    out = module(*inputs, key_padding_mask=real)
+    assert kernel_of(module) == module.decision.kernel == "auto"
+    assert torch.equal(out, make(kernel="math")(*inputs, key_padding_mask=real))
+    module(*inputs)
+    assert kernel_of(module) == module.decision.kernel == "cpu_flash"
+    layer = make(form="multihead", profile=measured, resources=SharedResources())
+    layer(*torch.randn(3, 1, 51, 8), ~real)  # by its place
+    assert kernel_of(layer) == layer.decision.kernel == "auto"
+
+
+def test_meta_tensors_need_no_kernel_of_a_profile() -> None:
+    module = make(profile=TWO_KERNELS, resources=SharedResources())
+    assert module(*torch.empty(3, 1, 101, 2, 4, device="meta")).shape == (1, 101, 2, 4)
+    assert kernel_of(module) == "auto"
+
+
+@both_forms
+@pytest.mark.parametrize("called", [False, True])
+def test_a_kernel_set_after_creation_is_left_alone(form: str, called: bool) -> None:
+    module = make("improved", form, profile=TWO_KERNELS, policy=SHORT, resources=SharedResources(min_bytes=0))
+    if called:
+        run(module, 101)
+    (module if form == "attention" else module.attention).kernel = "cpu_matmul" if called else "math"
+    word = kernel_of(module)
+    for length, mode in ((51, "off"), (201, "full"), (101, "lightweight")):
+        with contextlib.suppress(ValueError):  # that kernel takes bfloat16
+            run(module, length)
+        assert (kernel_of(module), module.decision.kernel, module.decision.pool_mode) == (word, word, mode)
+    assert f'kernel: "{word}" was set on the module' in module.decision.reasons
+
+
+KERNEL_OF_ITS_OWN = OTHERS.replace("dilation_rates):", "dilation_rates, kernel=3):")
+
+
+@both_forms
+@pytest.mark.usefixtures("foreign")
+def test_a_kernel_that_means_something_else_is_left_alone(form: str, tmp_path: Path) -> None:
+    (tmp_path / "foreign_types.py").write_text(KERNEL_OF_ITS_OWN)
+    module = make("foreign", form, profile=TWO_KERNELS)
+    assert torch.equal(module(*torch.ones(3, 1, 101, 2, 4)), torch.ones(1, 101, 2, 4))
+    assert not module._forward_pre_hooks
+
+
+@both_forms
+@pytest.mark.usefixtures("foreign")
+def test_a_kernel_of_a_type_with_any_option_is_not_foreseen(form: str, tmp_path: Path) -> None:
+    (tmp_path / "foreign_types.py").write_text(OTHERS.replace("dilation_rates):", "dilation_rates, **options):"))
+    decision = make("foreign", form).decision
+    assert decision.kernel == "auto"
+    assert "kernel: left to the type, which has no kernel option" in decision.reasons
+
+
 # ------------------------------------------------------------------------------------------------ float32 precision
 
 
@@ -745,6 +841,19 @@ def test_heads_in_the_place_of_the_sequence_warn_once() -> None:
 def test_more_heads_than_any_model_has_warn_without_a_length() -> None:
     with pytest.warns(UserWarning, match=r"got \(1, 4, 257, 8\)"):
         make(resources=SharedResources())(*torch.randn(3, 1, 4, 257, 8))
+
+
+def test_a_warning_names_the_line_of_the_call() -> None:
+    module = make(sequence_length=16)
+    with pytest.warns(UserWarning, match="write query.transpose") as caught:
+        module(*torch.zeros(3, 1, 2, 16, 4))
+    assert caught[0].filename == __file__
+
+
+def test_a_step_of_generation_has_one_token_without_a_warning() -> None:
+    module = make(form="multihead", sequence_length=8, is_causal=True).eval()
+    with torch.no_grad():
+        module(torch.randn(8, 1, 8), cache=module.new_cache(8))
 
 
 def test_a_batch_in_the_place_of_the_sequence_warns() -> None:

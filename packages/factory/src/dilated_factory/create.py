@@ -19,7 +19,7 @@ from dilated_factory.policy import Policy
 from dilated_factory.profile import Profile
 from dilated_factory.request import Request, make_pattern, positive
 from dilated_factory.resources.shared import SharedResources
-from dilated_factory.resources.wiring import FollowCalls, PrecisionOfFloat32
+from dilated_factory.resources.wiring import FollowCalls, PrecisionOfFloat32, holder_of_kernel
 
 logger = logging.getLogger("dilated_factory")
 
@@ -177,7 +177,9 @@ def _build(request: Request, form: str, pattern: DilatedPattern, **sizes: int) -
     module = builder(segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates, **sizes, **options)
     decided = cast(DecidedModule, module)
     decided.decision = decision
-    if rules is not None:
+    if rules is not None and holder_of_kernel(module) is None:
+        rules.profile = None  # a type of others, whose kernel is no such choice
+    if rules is not None and (rules.allocator is not None or rules.profile is not None):
         follow = FollowCalls(rules)
         if rules.profile is None and decision.sequence_length is not None:
             follow.decisions[rules.policy.length_class(decision.sequence_length),] = decision

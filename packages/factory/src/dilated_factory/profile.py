@@ -131,9 +131,7 @@ def load(path: Path | str) -> Profile:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: no profile: {error}") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no JSON, or a number or a nesting that Python's reader refuses
         raise ValueError(f"{path}: no profile: {error}") from error
     found = content.pop("format", None) if isinstance(content, dict) else None
     if found != FORMAT:
@@ -189,7 +187,8 @@ def default_path() -> Path:
 
 # What tells one version of a file from the next.
 _State = tuple[str, int, int, int]
-_known: dict[str, tuple[_State, Profile | None]] = {}
+# By the device asked for and torch's threads, which are part of what a profile is measured on and may change.
+_known: dict[tuple[str, int], tuple[_State, Profile | None]] = {}
 _warned: set[_State] = set()
 
 
@@ -197,7 +196,7 @@ def users_profile(device_type: str | None = None) -> Profile | None:
     """The user's profile, where it says something about this machine.
 
     One that does not, or cannot be read, is left alone with one warning (UserWarning) a file and version of it. It is
-    read again when it changes.
+    read again when it changes, or when torch has another number of threads.
 
     Args:
         device_type: for which device; None for the one `Hardware.detect()` takes.
@@ -213,12 +212,15 @@ def users_profile(device_type: str | None = None) -> Profile | None:
             _warn_once((str(path), 0, 0, 0), f"the profile that {VARIABLE} names is not used: {error}")
         return None
     state = (str(path), found.st_mtime_ns, found.st_ino, found.st_size)
-    cached = _known.get(device_type or "")
+    import torch
+
+    asked = device_type or "", torch.get_num_threads()
+    cached = _known.get(asked)
     if cached is None or cached[0] != state:
         profile, objection = _fitting(path, device_type)
         if objection is not None:
             _warn_once(state, objection)
-        _known[device_type or ""] = cached = state, profile
+        _known[asked] = cached = state, profile
     return cached[1]
 
 

@@ -105,8 +105,9 @@ class Request:
             if not isinstance(own, protocol):
                 raise TypeError(f"{name}: expected an object with {method}, or None, got {type(own).__name__}")
             for other in others:
-                if getattr(self, other) not in (None, False):
-                    raise ValueError(f"{other}: expected None beside {name}, which is what is used, got True")
+                word = getattr(self, other)
+                if word is True or (word is False and other != "buffer_manager"):  # whose False is no word
+                    raise ValueError(f"{other}: expected None beside {name}, which is what is used, got {word}")
         if self.buffer_manager and (self.enable_memory_pool is False or self.lightweight_pool is not None):
             word = "enable_memory_pool=False" if self.enable_memory_pool is False else "lightweight_pool"
             raise ValueError(f"buffer_manager=True and {word} contradict: it has a pool for each kind of buffer")
@@ -131,7 +132,8 @@ class Request:
         rules.sequence_length = self.sequence_length
         if sizes:
             rules.head_dim = sizes["embed_dim"] // sizes["num_heads"]
-        offered = accepted is None or "kernel" in accepted
+        # What another's `**options` would make of the word is not known.
+        offered = names_option(builder, "kernel") or (accepted is None and name in registry.KNOWN)
         kernel, kernel_reason = self._foresee_kernel(hardware, sizes, offered)
         own = names_option(builder, "kernel") and options.get("kernel", "auto") == "auto"
         if own and profile is not None and profile.kernels and not _drops(options):

@@ -17,6 +17,7 @@ from dilated_memory_pool import MemoryPool, PoolStatistics
 from dilated_memory_pool.adaptors import SharedBackend
 from dilated_memory_pool.attention import DEFAULT_POLICIES, AttentionBufferManager, BufferKind, BufferPolicy
 from dilated_memory_pool.backends import Backend, choose
+from dilated_memory_pool.sizes import parse_bytes, parse_limit
 from dilated_pattern_cache import CacheInfo, DilatedPatternCache
 
 # The size from which a pool serves a tensor itself, where no profile has measured another: dilated_memory_pool's own.
@@ -56,7 +57,7 @@ class SharedResources:
         coordinator: of the ranks of a group, see ``dilated_factory.coordination``.
 
     Raises:
-        TypeError, ValueError: an argument is none of the above; ``limit`` is looked at when a pool is made.
+        TypeError, ValueError: an argument is none of the above.
 
     >>> resources = SharedResources(limit="1GiB")
     >>> rows = resources.pool("cpu", "full").empty((1024, 1024), dtype=torch.float32)
@@ -74,6 +75,13 @@ class SharedResources:
         backend: Callable[[torch.device], Backend | str] | None = None,
         coordinator: Coordinator | None = None,
     ) -> None:
+        parse_limit(limit, total=1)
+        if min_bytes is not None:
+            parse_bytes(min_bytes, "min_bytes")
+        if backend is not None and not callable(backend):
+            raise TypeError(f"backend: expected a callable of a torch.device, or None, got {backend!r}")
+        if coordinator is not None and not callable(getattr(coordinator, "covers", None)):
+            raise TypeError(f"coordinator: expected an object with covers, or None, got {coordinator!r}")
         self.limit = limit
         self.cache = DilatedPatternCache(max_entries=cache_entries, max_bytes=cache_bytes)
         self.coordinator = coordinator
@@ -169,7 +177,12 @@ class SharedResources:
     # ------------------------------------------------------------------------------------------ the whole
 
     def set_limit(self, limit: float | str | None) -> None:
-        """A new limit, as in the constructor. What is over it and unused is given back; what is in use stays."""
+        """A new limit, as in the constructor. What is over it and unused is given back; what is in use stays.
+
+        Raises:
+            TypeError, ValueError: ``limit`` is none; nothing is changed then.
+        """
+        parse_limit(limit, total=1)
         for shared in list(self._backends.values()):
             shared.set_limit(limit)
         self.limit = limit

@@ -7,6 +7,7 @@ step aside. Imports torch and dilated_core.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import warnings
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,16 @@ logger = logging.getLogger("dilated_factory")
 
 # Held for a few assignments that belong together, by threads that call one module, or set one switch of the process.
 _SWITCHING = threading.Lock()
+
+
+def _forked() -> None:
+    """A child of a fork does not have the thread that may hold the lock."""
+    global _SWITCHING
+    _SWITCHING = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
 
 # More query heads than any model has.
 MANY_HEADS = 256
@@ -52,14 +63,16 @@ class Rules:
     head_dim: int | None = None
     sequence_length: int | None = None
 
-    def kernel(self, device: torch.device, dtype: torch.dtype, head_dim: int, length: int) -> tuple[str, str]:
+    def kernel(
+        self, device: torch.device, dtype: torch.dtype, head_dim: int, length: int, needs: kernels.Needs
+    ) -> tuple[str, str]:
         """The kernel that the profile names for such a call, "auto" where it names none, and why."""
         profile = self.profile
         word = str(dtype).removeprefix("torch.")
         name = profile.kernel(word, length) if profile is not None and device.type == profile.device_type else None
         if name is None:
             return "auto", "kernel: chosen at each call, from the device, dtype and head_dim of its tensors"
-        refusal = kernels.survey(device, dtype, head_dim).get(name, "there is no such kernel")
+        refusal = kernels.survey(device, dtype, head_dim, needs).get(name, "there is no such kernel")
         if refusal is not None:
             return "auto", f"kernel: chosen at each call; not {name}, the profile's for {word}: {refusal}"
         return name, f"kernel: {name}, the profile's for {word} at {length:,} tokens"
@@ -69,8 +82,9 @@ class Rules:
 class FollowCalls:
     """A forward pre-hook: decides anew where a call is of another class than the one before.
 
-    Classes are those of `Policy.length_class`, and where a profile chooses kernels also its lengths, the dtype and the
-    device. What was decided for a class is kept, and logged once.
+    Classes are those of `Policy.length_class`, and where a profile chooses kernels also its lengths, the dtype, the
+    device and whether there is a mask, which not every kernel takes. What was decided for a class is kept, and logged
+    once. A kernel that was set on the module after it was created is left alone.
     """
 
     rules: Rules
@@ -84,26 +98,35 @@ class FollowCalls:
         query = args[0] if args else kwargs.get("query")
         if not isinstance(query, Tensor) or query.ndim < 3:
             return
-        of = self._class(query)
+        of = self._class(query, args, kwargs)
         if of != self.latest:
+            # One step of generation has one token, whatever was expected.
+            _look_at_layout(query, None if kwargs.get("cache") is not None else self.rules.sequence_length)
             self._follow(module, query, of)
 
-    def _class(self, query: Tensor) -> tuple[Any, ...]:
+    def _class(self, query: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         """What a decision goes by. Called at every call, so cheap."""
-        rules, length = self.rules, query.shape[1]
-        if rules.profile is None:
+        rules, profile, length = self.rules, self.rules.profile, query.shape[1]
+        if profile is None:
             return (rules.policy.length_class(length),)
         device = query.device
         dtype = query.dtype
-        if torch.is_autocast_enabled(device.type) and dtype is not torch.float64:
+        here = device.type == profile.device_type  # elsewhere no kernel is taken, nor is every device known
+        if here and torch.is_autocast_enabled(device.type) and dtype is not torch.float64:
             dtype = torch.get_autocast_dtype(device.type)
-        passed = sum(rule.from_length <= length for rule in rules.profile.kernels)
-        return rules.policy.length_class(length), passed, dtype, device
+        passed = sum(rule.from_length <= length for rule in profile.kernels)
+        masked = kwargs.get("key_padding_mask") is not None or (len(args) > 3 and isinstance(args[3], Tensor))
+        return rules.policy.length_class(length), passed, dtype, device, masked
 
     def _follow(self, module: nn.Module, query: Tensor, of: tuple[Any, ...]) -> None:
-        decided = cast("Decision", module.decision)
+        with _SWITCHING:  # another thread sets the kernel and the decision together
+            decided = cast("Decision", module.decision)
+            kernel = "auto" if self.rules.profile is None else holder_of_kernel(module).kernel
+            if self._is_callers(kernel, decided):
+                # Their word is final: from now on only the pool goes by the calls.
+                decided = _with_kernel_of_the_callers(decided, kernel)
+                self.rules.profile, of = None, of[:1]
         decision = self.decisions.get(of)
-        _look_at_layout(query, self.rules.sequence_length)
         if decision is None:
             decision = self._decide(decided, query, of)
             self.decisions[of] = decision
@@ -118,6 +141,10 @@ class FollowCalls:
             module.decision = decision  # type: ignore[assignment]  # any object is an attribute
             self.latest = of
 
+    def _is_callers(self, kernel: str, decided: Decision) -> bool:
+        """Whether somebody set it since: until the first call it is "auto", and then what was decided."""
+        return kernel != "auto" and (self.latest is None or kernel != decided.kernel)
+
     def _decide(self, decided: Decision, query: Tensor, of: tuple[Any, ...]) -> Decision:
         rules, length = self.rules, query.shape[1]
         pool_mode, kernel = decided.pool_mode, decided.kernel
@@ -128,11 +155,18 @@ class FollowCalls:
             )
             anew["pool"] = f"pool: {pool_mode}, {why}"
         if rules.profile is not None:
-            _, _, dtype, device = of
+            _, _, dtype, device, masked = of
             head_dim = query.shape[-1] if rules.head_dim is None else rules.head_dim
-            kernel, anew["kernel"] = rules.kernel(device, dtype, head_dim, length)
+            kernel, anew["kernel"] = rules.kernel(device, dtype, head_dim, length, kernels.Needs(mask=masked))
         reasons = tuple(anew.get(reason.partition(":")[0], reason) for reason in decided.reasons)
         return replace(decided, pool_mode=pool_mode, kernel=kernel, reasons=reasons, sequence_length=length)
+
+
+def _with_kernel_of_the_callers(decision: Decision, kernel: str) -> Decision:
+    """The decision with a kernel that was set on the module since."""
+    why = f'kernel: "{kernel}" was set on the module'
+    reasons = tuple(why if reason.startswith("kernel:") else reason for reason in decision.reasons)
+    return replace(decision, kernel=kernel, reasons=reasons)
 
 
 def _look_at_layout(query: Tensor, expected: int | None) -> None:
@@ -157,8 +191,11 @@ def _look_at_layout(query: Tensor, expected: int | None) -> None:
 
 
 def holder_of_kernel(module: nn.Module) -> Any:
-    """The module that has the option `kernel`: an attention itself, or the one inside a multi-head attention."""
-    return module if hasattr(module, "kernel") else module.attention
+    """The module whose `kernel` is the choice: an attention, or the one inside a multi-head one; None for neither."""
+    for one in (module, getattr(module, "attention", None)):
+        if isinstance(getattr(one, "kernel", None), str):
+            return one
+    return None
 
 
 # By the name of a switch: what it was before, and then each call under way with its precision, the latest last. Calls
