@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -320,6 +321,45 @@ def test_memory_freed_by_the_garbage_collector_is_given_back() -> None:
         assert eventually(lambda: alone.reserved() == {0: 0})
 
 
+def test_threads_of_a_rank_that_fit_together_are_never_refused() -> None:
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        ledger = Ledger(Line(store := HashStore(), 0, store), (0,), 4)
+
+        def work() -> int:
+            refused = 0
+            for _ in range(150):
+                ticket = ledger.ticket()
+                refused += bool(ledger.charge(ticket, 1))
+                ledger.discharge(ticket)
+            return refused
+
+        assert at_once([work] * 4) == [0] * 4
+    finally:
+        sys.setswitchinterval(interval)
+    assert ledger.settle(ledger.table())
+    assert ledger.table().reserved == {0: 0}
+
+
+def test_a_charge_in_the_middle_of_another_of_its_thread_does_not_wait_for_it() -> None:
+    class Nested(Line):
+        inner: Callable[[], int] | None = None
+
+        def exchange(self, key: str, expected: str, desired: str) -> str:
+            if self.inner is not None:
+                inner, self.inner = self.inner, None
+                found.append(inner())  # as a finaliser would that the collector runs here
+            return super().exchange(key, expected, desired)
+
+    found: list[int] = []
+    line = Nested(store := HashStore(), 0, store)
+    ledger = Ledger(line, (0,), 10)
+    line.inner = lambda: ledger.charge(ledger.ticket(), 10) or ledger.charge(ledger.ticket(), 1)
+    assert ledger.charge(ledger.ticket(), 1) == 1
+    assert found == [1]
+
+
 class InterruptedLine(Line):
     """Ctrl-C right after the store has taken a charge."""
 
@@ -415,6 +455,32 @@ def test_an_observer_that_raises_does_not_end_the_watching_thread(caplog: pytest
         assert second._pressure._thread.is_alive()
 
 
+def test_closing_does_not_wait_for_a_store_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    silent, asked, calls = threading.Event(), threading.Event(), []
+    ask = Line._ask
+
+    def wait(line: Line, question: Callable[[], Any]) -> Any:
+        calls.append(threading.current_thread().name)
+        asked.set()
+        assert silent.wait(SECONDS)
+        return ask(line, question)
+
+    with coordinators(1, limit="8MiB", timeout=0.05) as (alone,):
+        pool = make_pool(alone)
+        block = pool.allocate("1MiB")
+        monkeypatch.setattr(Line, "_ask", wait)
+        assert asked.wait(SECONDS)  # the thread that watches is stuck
+        alone.close()
+        del block
+        pool.trim()
+        assert set(calls) == {"dilated pool coordinator, rank 0"}
+        with pytest.raises(RuntimeError, match="rank 0: the pool coordinator is closed"):
+            pool.allocate("1MiB")
+        monkeypatch.setattr(Line, "_ask", ask)
+        silent.set()
+        alone._pressure._thread.join(SECONDS)
+
+
 def test_a_store_that_is_gone_is_an_error_that_names_the_rank() -> None:
     server = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=SECONDS), wait_for_workers=False)
     client = TCPStore("127.0.0.1", server.port, None, False, timedelta(seconds=SECONDS))
@@ -473,6 +539,21 @@ def test_scope_device_needs_a_device() -> None:
 def test_ranks_that_do_not_come_are_named() -> None:
     with pytest.raises(TimeoutError, match=r"rank 1: ranks \[0, 2\] made no PoolCoordinator within 0.05 s"):
         PoolCoordinator(store=HashStore(), rank=1, world_size=3, timeout=0.05)
+
+
+def test_a_late_rank_does_not_meet_one_that_gave_up() -> None:
+    store = HashStore()
+
+    def make(rank: int, timeout: float = 0.05) -> PoolCoordinator:
+        return PoolCoordinator(store=store, rank=rank, world_size=2, timeout=timeout)
+
+    with pytest.raises(TimeoutError, match=r"rank 0: ranks \[1\] made no PoolCoordinator"):
+        make(0)
+    with pytest.raises(TimeoutError, match=r"rank 1: too late: rank 0 gave up after 0\.05 s"):
+        make(1)
+    for coordinator in at_once([lambda rank=rank: make(rank, SECONDS) for rank in range(2)]):  # both again
+        assert coordinator.ranks == (0, 1)
+        coordinator.close()
 
 
 def test_ranks_must_agree() -> None:

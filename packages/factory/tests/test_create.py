@@ -21,7 +21,7 @@ from dilated_factory import (
     create_dilated_attention,
     create_multihead_dilated_attention,
 )
-from dilated_factory.resources.wiring import FollowCalls
+from dilated_factory.hooks import FollowCalls
 
 TYPES = ("standard", "improved", "auto")
 FORMS = ("attention", "multihead")
@@ -73,7 +73,7 @@ def test_the_module_is_the_types_own(attention_type: str, fused: bool) -> None:
         # One attribute more, and one hook that follows the calls' lengths.
         assert set(vars(created)) - set(vars(direct)) == {"decision"}
         assert not created._forward_hooks
-        assert [type(hook) for hook in created._forward_pre_hooks.values()] == [FollowCalls] * fused
+        assert [type(hook.__self__) for hook in created._forward_pre_hooks.values()] == [FollowCalls] * fused
 
 
 def test_where_everything_is_settled_there_is_no_hook() -> None:

@@ -27,8 +27,8 @@ from dilated_factory import (
     shared_resources,
 )
 from dilated_factory import profile as profiles
+from dilated_factory.hooks import FollowCalls
 from dilated_factory.resources.handles import BuffersByKind, CachedPatterns, PooledAllocator
-from dilated_factory.resources.wiring import FollowCalls
 from dilated_memory_pool import MemoryPool, PoolLimitError
 from dilated_memory_pool.backends import HostBackend
 
@@ -359,7 +359,8 @@ def test_threads_that_alternate_lengths_get_the_right_results() -> None:
         assert all(each.result(timeout=WAIT) for each in [threads.submit(work, number) for number in range(4)])
     gc.collect()
     assert all(now.allocated_bytes == 0 for now in resources.statistics().values())
-    (follow,) = module._forward_pre_hooks.values()
+    (hook,) = module._forward_pre_hooks.values()
+    follow = hook.__self__
     assert isinstance(follow, FollowCalls)
     # Whoever came last: the switch, the decision and the class are of one call.
     assert module.allocator.mode == module.decision.pool_mode

@@ -21,16 +21,21 @@ from transformers import (
     BertConfig,
     BertLMHeadModel,
     BertModel,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    ModernBertConfig,
+    ModernBertModel,
     StaticCache,
     ViTConfig,
     ViTModel,
 )
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
 from dilated_block_sparse import BlockLayout
 from dilated_core import DilatedPattern, dilated_attention, reference
@@ -140,6 +145,36 @@ def test_a_model_without_masks_equals_sdpa(name: str) -> None:
         expected = with_implementation(model, "sdpa")(pixels)[0]
         found = with_implementation(model, name)(pixels)[0]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_models_whose_layers_use_no_window_of_theirs_equal_sdpa(name: str) -> None:
+    torch.manual_seed(0)
+    small = {**SIZES, "intermediate_size": 48, "layer_types": ["full_attention"] * 2, "pad_token_id": 0, **PLAIN}
+    tokens_ = {"bos_token_id": 1, "eos_token_id": 2}
+    gemma = Gemma3ForCausalLM(Gemma3TextConfig(**small, **tokens_, num_key_value_heads=2, head_dim=8))
+    ends = {"cls_token_id": 1, "sep_token_id": 2}
+    modern = ModernBertModel(ModernBertConfig(**small, **tokens_, **ends, max_position_embeddings=64))
+    for model in (gemma.eval(), modern.eval()):
+        for side in ("none", "left", "right"):
+            expected = outputs(model, "sdpa", tokens(), padding(side))
+            found = outputs(model, name, tokens(), padding(side))
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_mask_says_whether_it_is_causal_whatever_the_module_says(is_causal: bool, name: str) -> None:
+    module, mask = Attention(not is_causal), padding("left")
+    make = create_causal_mask if is_causal else create_bidirectional_mask
+    found = {}
+    for implementation in ("sdpa", name):
+        module.config._attn_implementation = implementation
+        options = {"attention_mask": mask, "past_key_values": None}
+        made = make(module.config, inputs_embeds=torch.zeros(2, LENGTH, 32), **options)
+        torch.manual_seed(5)
+        found[implementation] = call(implementation, module, (LENGTH, LENGTH), made)[mask.bool()]
+    torch.testing.assert_close(found[name], found["sdpa"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", BOTH)
@@ -423,6 +458,21 @@ def test_a_model_compiles_to_one_graph(name: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BOTH)
+def test_a_compiled_step_gives_the_row_of_the_whole_call(name: str) -> None:
+    model = with_implementation(llama(SPARSE, num_hidden_layers=1), name)
+    try:
+        with torch.no_grad():
+            before = model(tokens()[:, :-1], use_cache=True)
+            options = {"past_key_values": before.past_key_values, "position_ids": torch.tensor([[LENGTH - 1]])}
+            step = torch.compile(model, backend="aot_eager")(tokens()[:, -1:], **options)
+            expected = model(tokens()).logits[:, -1:]
+    finally:
+        torch._dynamo.reset()
+    torch.testing.assert_close(step.logits, expected, rtol=0, atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------ settings
 
 
@@ -564,6 +614,12 @@ def test_a_sliding_window_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BOTH)
+def test_a_mask_of_more_tokens_than_there_are_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"attention_mask: expected .* = \(2, 21\), got \(2, 25\)"):
+        with_implementation(llama(), name)(tokens(), attention_mask=padding("left", 2, LENGTH + 4), use_cache=False)
+
+
+@pytest.mark.parametrize("name", BOTH)
 def test_packed_sequences_are_refused(name: str) -> None:
     positions = torch.cat([torch.arange(9), torch.arange(LENGTH - 9)])[None].expand(2, -1)
     with pytest.raises(ValueError, match="packed sequences: pass them as rows of a batch"):
@@ -656,6 +712,23 @@ def test_the_callers_word_on_causality_wins(name: str) -> None:
     assert not torch.equal(of(Attention(True)), of(Attention(False)))
 
 
+def shards(semantics: str, rates: list[int]) -> tuple[Tensor, Tensor]:
+    """The last two of four heads: by themselves, as tensor parallelism has them, and among all."""
+    module = Attention(True)
+    module.config.dilated = {"segment_lengths": [6, 12], "dilation_rates": rates, "semantics": semantics}
+    query, key = torch.randn(1, 4, 12, 8), torch.randn(1, 2, 12, 8)
+    attend = AttentionInterface()["dilated"]
+    whole = attend(module, query, key, key, None)[0][:, :, 2:]
+    return attend(module, query[:, 2:], key[:, 1:], key[:, 1:], None)[0], whole
+
+
+def test_a_shard_of_heads_gives_what_it_gives_among_all_heads_or_is_refused() -> None:
+    torch.testing.assert_close(*shards("paper", [1, 2]), rtol=0, atol=1e-6)
+    for semantics, rates in (("paper", [1, 3]), ("torchscale", [1, 2]), ("grouped", [1, 2])):
+        with pytest.raises(ValueError, match="query: expected all 4 heads, got 2: a shard of tensor parallelism"):
+            shards(semantics, rates)
+
+
 def causal(*_: Any) -> bool:
     return True
 
@@ -674,13 +747,23 @@ def bidirectional(*_: Any) -> bool:
             r"attention_mask: expected \(batch, tokens so far\) = \(2, 6\), got \(2, 3\)",
         ),
         ({"attention_mask": torch.ones(2, 1, 6)}, r"attention_mask: expected .* got \(2, 1, 6\)"),
-        ({"mask_function": lambda *_: True}, "attention_mask: expected causal or bidirectional attention"),
+        ({"attention_mask": torch.ones(2, 10)}, r"attention_mask: expected .* got \(2, 10\)"),
     ],
 )
 def test_masks_that_say_something_else_are_refused(options: dict[str, Any], message: str) -> None:
     mask_function = make_mask_function(causal, bidirectional)
     with pytest.raises(ValueError, match=message):
         mask_function(batch_size=2, q_length=6, kv_length=10, **{"mask_function": causal, **options})
+
+
+def test_another_mask_function_gives_a_mask_that_every_layer_refuses() -> None:
+    mask_function = make_mask_function(causal, bidirectional)
+    sizes = {"batch_size": 2, "q_length": 6, "kv_length": 6}
+    made = mask_function(**sizes, mask_function=lambda *_: True)
+    for mask in (made, mask_function(**sizes, mask_function=causal, attention_mask=made)):
+        for name in BOTH:
+            with pytest.raises(ValueError, match="attention_mask: expected causal or bidirectional attention"):
+                call(name, Attention(True), (6, 6), mask)
 
 
 def test_a_mask_of_its_own_making_stays_as_it_is() -> None:

@@ -37,10 +37,11 @@ from dilated_factory import (
     registry,
     shared_resources,
 )
+from dilated_factory.hooks import PrecisionOfFloat32
+from dilated_factory.hooks.calls import holder_of_kernel
+from dilated_factory.hooks.lock import SWITCHING
 from dilated_factory.profile import KernelRule
-from dilated_factory.resources import wiring
 from dilated_factory.resources.handles import CachedPatterns, PooledAllocator
-from dilated_factory.resources.wiring import PrecisionOfFloat32
 from dilated_memory_pool import MemoryPool
 from dilated_memory_pool.attention import AttentionBufferManager
 from dilated_pattern_cache import PatternCache
@@ -373,7 +374,7 @@ def test_a_child_of_a_fork_decides_though_a_thread_was_deciding(resources: Share
     (hook,) = module._forward_pre_hooks.values()
     query = torch.empty(1, 101, 2, 4)
     child = multiprocessing.get_context("fork").Process(target=hook, args=(module, (query,), {}))
-    with warnings.catch_warnings(), wiring._SWITCHING:  # as another thread does for a moment
+    with warnings.catch_warnings(), SWITCHING:  # as another thread does for a moment
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks of a process with threads
         child.start()
     child.join(20)
@@ -634,8 +635,15 @@ TWO_KERNELS = profile(KernelRule("float32", 1, "math"), KernelRule("float32", 10
 
 
 def kernel_of(module: nn.Module) -> str:
-    name: str = module.kernel if hasattr(module, "kernel") else module.attention.kernel
+    name: str = holder_of_kernel(module).kernel
     return name
+
+
+def kernels_used(module: nn.Module) -> list[str]:
+    """The kernel that each call of the module has, as they come; outside of calls a profile leaves no trace."""
+    used: list[str] = []
+    module.register_forward_pre_hook(lambda called, _: used.append(kernel_of(called)))
+    return used
 
 
 @both_forms
@@ -644,15 +652,37 @@ def test_a_profile_chooses_the_kernel_by_length_and_dtype(name: str, form: str) 
     module = make(name, form, profile=TWO_KERNELS, resources=SharedResources(min_bytes=0))
     if module.decision.kernel not in ("auto", "cpu_flash"):
         pytest.skip("this CPU has no flash kernel")
+    used = kernels_used(module)
     for length, kernel in ((51, "math"), (101, "cpu_flash"), (51, "math")):
         run(module, length)
-        assert module.decision.kernel == kernel_of(module) == kernel
+        assert (module.decision.kernel, used[-1], kernel_of(module)) == (kernel, kernel, "auto")
         assert f"kernel: {kernel}, the profile's for float32 at {length:,} tokens" in module.decision.reasons
     assert module.decision.profile == "/profiles/mine.json"
     module.double()
     with torch.no_grad():
         module(*torch.randn(3, 1, 101, *((2, 4) if form == "attention" else (8,)), dtype=torch.float64))
+    assert used[-1] == "auto"
+
+
+def test_a_profiles_kernel_ends_with_the_call() -> None:
+    module = make(profile=TWO_KERNELS, resources=SharedResources(min_bytes=0))
+    run(module, 51)
+    assert module.decision.kernel == "math"
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")  # where no hook looks
+    inputs = torch.randn(3, 1, 51, 2, 4)
+    torch.testing.assert_close(compiled(*inputs), make(profile=None)(*inputs))
+    with pytest.raises(ValueError, match="value: expected the shape of key"):
+        module(inputs[0], inputs[1, :, :7], inputs[2])
     assert kernel_of(module) == "auto"
+
+
+def test_replicas_and_copies_of_a_module_choose_alike() -> None:
+    module = make(profile=TWO_KERNELS, resources=SharedResources(min_bytes=0))
+    for replica in (module._replicate_for_data_parallel(), copy.copy(module), copy.deepcopy(module)):
+        used = kernels_used(replica)
+        run(replica, 51)
+        run(replica, 51)
+        assert used[-1] == "math"
 
 
 def test_a_profiles_thresholds_replace_the_policys(resources: SharedResources) -> None:
@@ -675,16 +705,18 @@ def test_a_kernel_of_the_callers_is_left_alone() -> None:
 
 def test_a_kernel_that_cannot_run_is_not_taken() -> None:
     module = make(profile=profile(KernelRule("float32", 1, "cuda_flash")), resources=SharedResources())
+    used = kernels_used(module)
     run(module, 51)
-    assert module.decision.kernel == kernel_of(module) == "auto"
+    assert module.decision.kernel == used[-1] == "auto"
     assert any("not cuda_flash, the profile's" in reason for reason in module.decision.reasons)
 
 
 def test_a_profile_of_another_device_chooses_no_kernel() -> None:
     other = Profile("there", "cuda", kernels=(KernelRule("float32", 1, "math"),))
     module = make(profile=other, resources=SharedResources())
+    used = kernels_used(module)
     run(module, 51)
-    assert kernel_of(module) == "auto"
+    assert used[-1] == "auto"
 
 
 def test_a_profiles_kernel_that_takes_no_mask_is_not_taken_beside_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -692,7 +724,8 @@ def test_a_profiles_kernel_that_takes_no_mask_is_not_taken_beside_one(monkeypatc
     plain = kernels.table()[1].refusal
     inputs, real = torch.randn(3, 1, 51, 2, 4), torch.arange(51)[None] < 40
     module = make(profile=measured, resources=SharedResources())
-    if module(*inputs) is None or kernel_of(module) != "cpu_flash":
+    used = kernels_used(module)
+    if module(*inputs) is None or used[-1] != "cpu_flash":
         pytest.skip("this CPU has no flash kernel")
 
     def refusal(self: Any, device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs) -> str | None:
@@ -700,13 +733,13 @@ def test_a_profiles_kernel_that_takes_no_mask_is_not_taken_beside_one(monkeypatc
 
     monkeypatch.setattr(CPUFlash, "refusal", refusal)  # as those for CUDA do
     out = module(*inputs, key_padding_mask=real)
-    assert kernel_of(module) == module.decision.kernel == "auto"
+    assert used[-1] == module.decision.kernel == "auto"
     assert torch.equal(out, make(kernel="math")(*inputs, key_padding_mask=real))
     module(*inputs)
-    assert kernel_of(module) == module.decision.kernel == "cpu_flash"
+    assert used[-1] == module.decision.kernel == "cpu_flash"
     layer = make(form="multihead", profile=measured, resources=SharedResources())
     layer(*torch.randn(3, 1, 51, 8), ~real)  # by its place
-    assert kernel_of(layer) == layer.decision.kernel == "auto"
+    assert layer.decision.kernel == "auto"
 
 
 def test_meta_tensors_need_no_kernel_of_a_profile() -> None:

@@ -15,11 +15,12 @@ from torch import nn
 from dilated_core import DilatedPattern
 from dilated_factory.decision import Decision
 from dilated_factory.hardware import Hardware
+from dilated_factory.hooks import FollowCalls, PrecisionOfFloat32
+from dilated_factory.hooks.calls import holder_of_kernel
 from dilated_factory.policy import Policy
 from dilated_factory.profile import Profile
 from dilated_factory.request import Request, make_pattern, positive
 from dilated_factory.resources.shared import SharedResources
-from dilated_factory.resources.wiring import FollowCalls, PrecisionOfFloat32, holder_of_kernel
 
 logger = logging.getLogger("dilated_factory")
 
@@ -183,7 +184,7 @@ def _build(request: Request, form: str, pattern: DilatedPattern, **sizes: int) -
         follow = FollowCalls(rules)
         if rules.profile is None and decision.sequence_length is not None:
             follow.decisions[rules.policy.length_class(decision.sequence_length),] = decision
-        module.register_forward_pre_hook(follow, with_kwargs=True)
+        follow.attach(module)
     if request.fp32_precision is not None:
         PrecisionOfFloat32(request.fp32_precision).attach(module)
     logger.info("%s", decision.summary())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,11 +17,11 @@ from dilated_core import Allocator, DilatedPattern, PatternStore, kernels
 from dilated_factory import registry
 from dilated_factory.decision import Decision
 from dilated_factory.hardware import Hardware
+from dilated_factory.hooks import Rules
 from dilated_factory.policy import Policy, PoolMode
 from dilated_factory.profile import Profile, users_profile
 from dilated_factory.resources.handles import BuffersByKind, CachedPatterns, PooledAllocator
 from dilated_factory.resources.shared import SharedResources, shared_resources
-from dilated_factory.resources.wiring import Rules
 from dilated_factory.types import SIZES, accepted_options, names_option
 
 USERS = "user"
@@ -137,7 +137,7 @@ class Request:
         kernel, kernel_reason = self._foresee_kernel(hardware, sizes, offered)
         own = names_option(builder, "kernel") and options.get("kernel", "auto") == "auto"
         if own and profile is not None and profile.kernels and not _drops(options):
-            rules.profile = profile
+            rules.profile = replace(profile, measurements=())  # which copies of the module need not carry
 
         pool_mode, pool_reason = self._wire_pool(policy, name, builder, options, rules, unwired)
         cache, cache_reason = self._wire_cache(policy, name, builder, options, unwired)

@@ -56,7 +56,7 @@ class PoolCoordinator:
     Raises:
         TypeError, ValueError: an argument is none of the above; no process group is initialised and no store given;
             the ranks were given different scopes or limits.
-        TimeoutError: not all ranks made theirs in time.
+        TimeoutError: not all ranks made theirs in time; then it is raised on all of them, however late.
         RuntimeError: the store does not answer; or PyTorch knows no such device.
 
     >>> from torch.distributed import HashStore
@@ -194,8 +194,10 @@ def _leave(pressure: Pressure, ledger: Ledger, timeout: float) -> None:
     ledger.closed = True
     if ledger.foreign:
         return
-    pressure.stop()
+    ledger.lost = not pressure.stop()
     pressure.give_back(ledger.own_bytes)
+    if ledger.lost:
+        return  # as below, or it may never say a word: closing does not wait for that
     try:
         ledger.leave(timeout)
     except RuntimeError:
@@ -205,9 +207,9 @@ def _leave(pressure: Pressure, ledger: Ledger, timeout: float) -> None:
 def _end(pressure: weakref.ref[Pressure], ledger: weakref.ref[Ledger]) -> None:
     """Before the process ends: the thread has ended, and no charge is left."""
     watching, books = pressure(), ledger()
-    if watching is not None:
-        watching.stop()
-    if books is not None and not books.foreign:
+    if watching is not None and not watching.stop():
+        return  # the store does not answer: a process must be able to end
+    if books is not None and not (books.foreign or books.lost):
         try:
             books.abandon()
         except RuntimeError:

@@ -22,6 +22,10 @@ from itertools import count
 from dilated_factory.coordination.line import Line
 from dilated_factory.coordination.table import Table
 
+# How long a charge waits for others of this rank that are under way. They take one round trip each. One that a
+# finaliser or a signal handler interrupts, in this very thread, does not end before this one.
+_PATIENCE_SECONDS = 0.25
+
 
 class Ledger:
     """See above.
@@ -36,11 +40,12 @@ class Ledger:
         key: of the table in the store.
         ceiling: the limit, or more than there ever is.
         closed: whether this rank has left: charges are refused, and what is freed settles at once.
+        lost: whether the store was found not to answer when this rank left: it is not asked again.
     """
 
     def __init__(self, line: Line, ranks: tuple[int, ...], limit: int | None) -> None:
         self.rank, self.ranks, self.limit = line.rank, ranks, limit
-        self.closed = False
+        self.closed = self.lost = False
         self.ceiling = sys.maxsize if limit is None else limit
         self._line = line
         self.key = f"table of {ranks[0]}"
@@ -75,10 +80,20 @@ class Ledger:
         Raises:
             RuntimeError: the coordinator is closed, or the store does not answer.
         """
-        missing = self._charge(ticket, nbytes)
-        if missing and self.settle(self._seen):  # what this rank has freed may not be in the table yet
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
             missing = self._charge(ticket, nbytes)
-        return missing
+            if not missing:
+                return 0
+            # What this rank has freed may not be in the table yet. Only a table with nothing to settle refuses.
+            before = self._seen
+            if self.settle(before):
+                if self._seen is before:
+                    return missing
+            else:
+                time.sleep(0.0005)
+            if time.monotonic() > deadline:
+                return missing
 
     def _charge(self, ticket: int, nbytes: int) -> int:
         self._under_way[ticket] = None
@@ -105,7 +120,7 @@ class Ledger:
     def discharge(self, ticket: int) -> None:
         """Remove a charge. Called by finalisers, in any thread."""
         self._charges.pop(ticket, None)
-        if self.closed and not self.foreign and not sys.is_finalizing():  # no thread is left that would
+        if self.closed and not (self.lost or self.foreign or sys.is_finalizing()):  # no thread is left that would
             try:
                 self.settle(self.table())
             except RuntimeError:

@@ -23,6 +23,7 @@ Scope: TypeAlias = Literal["host", "device", "group"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 _POLL_SECONDS = 0.005
+_MET = "met"
 _CURE = "call torch.distributed.init_process_group first, or give store=, rank= and world_size="
 
 
@@ -67,8 +68,11 @@ def take_seat(group: ProcessGroup | None, store: Store | None, rank: int | None,
 def meet(seat: Seat, scope: Scope, place: str, limit: int | None, timeout: float) -> tuple[int, ...]:
     """Tell the other ranks where this one is, and hear it of them; the ranks at the same place.
 
+    The first rank that has seen all, or has waited too long, settles for all of them whether they have met. Otherwise a
+    late rank would meet the trace of one that gave up, count on it, and wait for its answers.
+
     Raises:
-        TimeoutError: some ranks did not come.
+        TimeoutError: some ranks did not come, or this one came after another had given up.
         ValueError: the ranks ask for different scopes, or those of one place for different limits.
     """
     me = seat.line.rank
@@ -78,11 +82,19 @@ def meet(seat: Seat, scope: Scope, place: str, limit: int | None, timeout: float
     while not seat.line.has(*keys):
         if time.monotonic() > deadline:
             absent = [rank for rank, key in zip(seat.ranks, keys, strict=True) if not seat.line.has(key)]
+            if seat.line.exchange("verdict", "", f"rank {me} gave up after {timeout:g} s") == _MET:
+                break
             raise TimeoutError(
                 f"rank {me}: ranks {absent} made no PoolCoordinator within {timeout:g} s; all ranks of the group must "
                 "make one, in the same order where there are several"
             )
         time.sleep(_POLL_SECONDS)
+    verdict = seat.line.exchange("verdict", "", _MET)
+    if verdict != _MET:
+        raise TimeoutError(
+            f"rank {me}: too late: {verdict}; make a PoolCoordinator on all ranks again, with a longer timeout= where "
+            "they do not begin together"
+        )
     told = dict(zip(seat.ranks, (json.loads(text) for text in seat.line.get_all(keys)), strict=True))
     for rank, (its_scope, its_place, its_limit) in told.items():
         if its_scope != scope:

@@ -151,11 +151,16 @@ class Pressure:
         """Begin to answer."""
         self._thread.start()
 
-    def stop(self) -> None:
-        """Answer no more. Returns when the thread has ended, or in the thread itself at once."""
+    def stop(self) -> bool:
+        """Answer no more. Waits for the thread to end, but in the thread itself; whether the store can still be asked.
+
+        It cannot where the thread does not end in time: it waits for the store, and so would whoever asks next.
+        """
         self._stop.set()
-        if self._thread is not threading.current_thread():
-            self._thread.join(self._timeout)
+        if self._thread is threading.current_thread():
+            return True
+        self._thread.join(self._timeout)
+        return not self._thread.is_alive()
 
     def _watch(self) -> None:
         try:

@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 
 from dilated_factory.decision import Decision
+from dilated_factory.hooks import FollowCalls
 from dilated_factory.reporting.facts import ModuleReport, OwnReport, Report, ResourcesReport
 from dilated_factory.resources import SharedResources, shared_resources
 from dilated_factory.resources.handles import BuffersByKind, CachedPatterns, KindOfBuffer, PooledAllocator
-from dilated_factory.resources.wiring import FollowCalls
 from dilated_memory_pool import PoolStatistics
 from dilated_pattern_cache import CacheInfo
 
@@ -106,8 +106,9 @@ def _held(parts: list[nn.Module]) -> Iterator[SharedResources]:
             if isinstance(value, _HANDLES):
                 yield value.resources
         for hook in part._forward_pre_hooks.values():
-            if isinstance(hook, FollowCalls) and hook.rules.allocator is not None:
-                yield hook.rules.allocator.resources
+            owner = getattr(hook, "__self__", None)
+            if isinstance(owner, FollowCalls) and owner.rules.allocator is not None:
+                yield owner.rules.allocator.resources
 
 
 def _given(parts: list[nn.Module]) -> Iterator[tuple[str, Any]]:

@@ -42,7 +42,8 @@ def tune(
 
     Args:
         device: the CPU or a CUDA device; None for the best there is, as `Hardware.detect`.
-        budget_seconds: time for everything. The smallest length of each part is measured in any case.
+        budget_seconds: time for everything. The smallest length of each part is begun in any case, unless the parts
+            before it have taken far too much, and left out where one round of it shows that there is no time for all.
         dtypes: for which kernels are chosen: "float32", "bfloat16", ... . Pools are measured in the first one.
         head_dim, heads: of the attention that is measured. With 4 heads or fewer little or nothing comes from a pool.
         lengths: in tokens.

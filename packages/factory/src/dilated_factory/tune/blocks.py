@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dilated_factory.registry import install_command
-from dilated_factory.tune.budget import FEWEST, Budget
+from dilated_factory.tune.budget import FEWEST, Budget, OutOfTime
 from dilated_factory.tune.cells import TRAINING, Example, recorded, time_in_turns
 from dilated_factory.tune.probe import Probe
 from dilated_factory.tune.rules import Figure
@@ -34,7 +34,7 @@ def block_sizes(probe: Probe, budget: Budget, lengths: Sequence[int], dtype: str
     length = lengths[0]
     kind = getattr(torch, dtype)
     what: dict[str, Any] = {"dtype": dtype}
-    left_out = probe.too_large(probe.working_set(length, kind))
+    left_out = probe.too_large(probe.working_set(length, kind)) or budget.refusal(part, length)
     if importlib.util.find_spec("dilated_block_sparse") is None:
         left_out = f"dilated-block-sparse is not installed ({install_command('block_sparse')})"
     if left_out is not None:
@@ -65,7 +65,11 @@ def block_sizes(probe: Probe, budget: Budget, lengths: Sequence[int], dtype: str
     if not runs:
         probe.measurements.append({"part": part, **what, "dropped": dropped})
         return {}
-    timed = time_in_turns(budget, runs)
+    try:
+        timed = time_in_turns(budget, runs)
+    except OutOfTime as late:
+        probe.measurements.append({"part": part, **what, "left_out": str(late), "dropped": dropped})
+        return {}
     probe.measurements.append(
         {"part": part, **what, "pass": TRAINING, "pairs": pairs, "deviations": deviations, "dropped": dropped}
         | recorded(timed)

@@ -43,6 +43,9 @@ def time_in_turns(budget: Budget, runs: Mapping[str, Callable[[], object]], loop
     """Time what runs; each run does its work `loops` times, and the figures are of one.
 
     A round that is not counted comes first. It warms everything up, and says how many rounds there is time for.
+
+    Raises:
+        OutOfTime: there is no time for the fewest.
     """
     start = time.monotonic()
     measure.interleaved(runs, repeats=1, warmup=0)

@@ -9,7 +9,7 @@ import torch
 from dilated_core import kernels
 from dilated_factory.profile import AUTO
 from dilated_factory.resources.shared import SharedResources
-from dilated_factory.tune.budget import Budget
+from dilated_factory.tune.budget import Budget, OutOfTime
 from dilated_factory.tune.cells import TRAINING, bytes_of_scores, recorded
 from dilated_factory.tune.probe import PATTERN, Probe
 from dilated_factory.tune.rules import Figure
@@ -49,7 +49,11 @@ def kernels_by_length(
                 name: probe.attention(length, resources, kernel=name, enable_memory_pool=False) for name in names
             }
             series = f"{part} {dtype}"
-            passes, deviations, wrong = probe.both_passes(budget, series, length, kind, candidates, (TRAINING,))
+            try:
+                passes, deviations, wrong = probe.both_passes(budget, series, length, kind, candidates, (TRAINING,))
+            except OutOfTime as late:
+                probe.record(part, words, dtype=dtype, tokens=length, left_out=str(late), dropped=dropped)
+                continue
             if TRAINING not in passes:
                 probe.record(part, words, dtype=dtype, tokens=length, auto=usual, dropped=dropped | wrong)
                 continue

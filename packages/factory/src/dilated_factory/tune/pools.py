@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dilated_factory.resources.shared import MIN_BYTES, SharedResources
-from dilated_factory.tune.budget import Budget
+from dilated_factory.tune.budget import Budget, OutOfTime
 from dilated_factory.tune.cells import FORWARD, TRAINING, recorded, time_in_turns
 from dilated_factory.tune.probe import Probe
 from dilated_factory.tune.rules import Figure
@@ -53,8 +53,13 @@ def pool_by_bytes(probe: Probe, budget: Budget) -> dict[int, dict[str, Figure]]:
                 del getters[name]
             del first
         runs = {name: partial(again_and_again, empty, nbytes, loops) for name, empty in getters.items()}
-        timed = time_in_turns(budget, runs, loops)
-        resources.trim()
+        try:
+            timed = time_in_turns(budget, runs, loops)
+        except OutOfTime as late:
+            probe.record(part, words, bytes=nbytes, left_out=str(late))
+            continue
+        finally:
+            resources.trim()
         budget.note(part, max(nbytes, BYTES_OF_A_LOOP), timed.seconds)
         found[nbytes] = timed.figures
         probe.record(part, words, bytes=nbytes, dropped=dropped, **recorded(timed))
@@ -81,16 +86,21 @@ def pool_by_tokens(
             continue
         candidates = {mode: probe.attention(length, resources, **options) for mode, options in modes.items()}
         before = _served(resources)
-        passes, deviations, dropped = probe.both_passes(
-            budget,
-            part,
-            length,
-            kind,
-            candidates,
-            (FORWARD, TRAINING),
-            worth_timing=lambda before=before: _served(resources) > before,  # type: ignore[misc]
-        )
-        resources.trim()
+        try:
+            passes, deviations, dropped = probe.both_passes(
+                budget,
+                part,
+                length,
+                kind,
+                candidates,
+                (FORWARD, TRAINING),
+                worth_timing=lambda before=before: _served(resources) > before,  # type: ignore[misc]
+            )
+        except OutOfTime as late:
+            probe.record(part, words, dtype=dtype, tokens=length, left_out=str(late))
+            continue
+        finally:
+            resources.trim()
         # Where a pool serves no tensor, any difference is noise, and no mode wins.
         found[length] = {name: timed.figures for name, timed in passes.items()}
         if not passes:

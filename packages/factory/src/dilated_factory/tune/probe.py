@@ -18,7 +18,7 @@ from dilated_factory.create import create_dilated_attention
 from dilated_factory.hardware import Hardware
 from dilated_factory.policy import Policy
 from dilated_factory.resources.shared import SharedResources
-from dilated_factory.tune.budget import FEWEST, Budget
+from dilated_factory.tune.budget import FEWEST, Budget, OutOfTime
 from dilated_factory.tune.cells import TRAINING, Attention, Example, Timed, time_in_turns
 
 # The paper's kind of pattern, lengths and rates growing alike, at 1,792 keys a row: its own has 4,266, and would leave
@@ -97,6 +97,9 @@ class Probe:
         """Check the candidates and time those that are right: pass -> Timed, name -> deviation, name -> why not.
 
         What the check has shown to be not worth timing comes back without passes.
+
+        Raises:
+            OutOfTime: there is no time for the fewest rounds.
         """
         start = time.monotonic()
         example = self.example(length, dtype)
@@ -110,7 +113,12 @@ class Probe:
             budget.note(series, length, of_one * len(right) * len(passes) * (1 + FEWEST))
             return timed, right, dropped
         for kind in passes if right else ():
-            timed[kind] = time_in_turns(budget, {name: example.runs(candidates[name], kind) for name in right})
+            runs = {name: example.runs(candidates[name], kind) for name in right}
+            try:
+                timed[kind] = time_in_turns(budget, runs)
+            except OutOfTime:  # foreseen for longer ones: what it has taken so far, for every pass and round
+                budget.note(series, length, (time.monotonic() - start) * len(passes) * (1 + FEWEST))
+                raise
             seconds += timed[kind].seconds
         budget.note(series, length, seconds)
         return timed, right, dropped

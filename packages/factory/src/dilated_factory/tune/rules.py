@@ -15,8 +15,10 @@ from dilated_factory.profile import AUTO, NEVER_BYTES, KernelRule
 
 # A pool has to be this much faster at a size of tensor to be worth the memory that it keeps.
 GAIN_BY_BYTES = 0.05
-# In whole attentions memory is a small share of the time, and less counts; never less than the spread.
+# In whole attentions memory is a small share of the time, and less counts; never less than the spreads.
 GAIN = 0.02
+# What was seen at one size alone has to be so many times above the noise: of many sizes one is always lucky.
+ALONE = 3.0
 
 # glibc's malloc keeps nothing above 32 MiB (its largest M_MMAP_THRESHOLD). Who has not measured beyond has not seen
 # where a pool gains most, and finds nothing.
@@ -32,13 +34,15 @@ class Figure(NamedTuple):
     spread: float = 0.0
 
 
-def gains(one: Figure, other: Figure, least: float = GAIN) -> bool:
-    """Whether `one` is faster than `other` by more than `least` and by more than the spread of either.
+def gains(one: Figure, other: Figure, least: float = GAIN, times: float = 1.0) -> bool:
+    """Whether `one` is faster than `other` by more than `least` and by more than `times` both spreads together.
+
+    Of two candidates that are equal, one gains by luck in about 3 of 100 cells of five rounds: hence `ALONE`.
 
     >>> gains(Figure(0.9), Figure(1.0)), gains(Figure(0.9), Figure(1.0, spread=0.2)), gains(Figure(0.99), Figure(1.0))
     (True, False, False)
     """
-    return 1 - one.seconds / other.seconds > max(least, one.spread, other.spread)
+    return 1 - one.seconds / other.seconds > max(least, times * (one.spread + other.spread))
 
 
 def smallest_from_which(cells: Mapping[int, Cell], holds: Callable[[Cell], bool]) -> int | None:
@@ -62,8 +66,9 @@ def pool_min_bytes(figures: Mapping[int, Mapping[str, Figure]]) -> int | None:
         figures: bytes -> {"torch", "lightweight", "full"}, the time to get a tensor and write it once.
 
     Returns:
-        The smallest size from which every mode that was measured is faster than torch.empty by `GAIN_BY_BYTES` or more,
-        NEVER_BYTES where there is none. None, no finding, where nothing of `ENOUGH_BYTES` was measured.
+        The smallest size from which every mode that was measured is faster than torch.empty by `GAIN_BY_BYTES` or more
+        and beyond the spreads, NEVER_BYTES where there is none. None, no finding, where nothing of `ENOUGH_BYTES` was
+        measured.
 
     >>> same, faster = {"torch": Figure(1.0), "full": Figure(1.0)}, {"torch": Figure(4.0), "full": Figure(2.0)}
     >>> pool_min_bytes({2**20: same, 2**26: faster})
@@ -72,7 +77,10 @@ def pool_min_bytes(figures: Mapping[int, Mapping[str, Figure]]) -> int | None:
 
     def holds(cell: Mapping[str, Figure]) -> bool:
         modes = [figure for name, figure in cell.items() if name != "torch"]
-        return bool(modes) and all(1 - mode.seconds / cell["torch"].seconds >= GAIN_BY_BYTES for mode in modes)
+        plain = cell["torch"]
+        return bool(modes) and all(
+            1 - mode.seconds / plain.seconds >= GAIN_BY_BYTES and gains(mode, plain) for mode in modes
+        )
 
     if max(figures, default=0) < ENOUGH_BYTES:
         return None
@@ -87,7 +95,8 @@ def pool_thresholds(
 
     A mode wins at a length where it is faster than no pool in one of the passes (`gains`), and in none slower by more
     than `GAIN`, noise or not. "full" has to be no slower than "lightweight" besides. A threshold is the first length
-    from which that holds, at it and at every longer one that was measured.
+    from which that holds, at it and at every longer one that was measured; the longest alone counts where the gain is
+    `ALONE` times above the spreads.
 
     Args:
         figures: tokens -> pass ("forward", "training") -> {"off", "lightweight", "full"}; a length at which a pool
@@ -105,20 +114,22 @@ def pool_thresholds(
     def no_slower(cell: Mapping[str, Mapping[str, Figure]], mode: str, than: str) -> bool:
         return all(of[mode].seconds <= of[than].seconds * (1 + GAIN) for of in cell.values() if than in of)
 
-    def wins(cell: Mapping[str, Mapping[str, Figure]], mode: str) -> bool:
+    def wins(cell: Mapping[str, Mapping[str, Figure]], mode: str, times: float = 1.0) -> bool:
         if not cell or not all({"off", mode} <= set(of) for of in cell.values()):
             return False
-        faster = any(gains(of[mode], of["off"]) for of in cell.values())
-        return faster and no_slower(cell, mode, "off")
+        faster = any(gains(of[mode], of["off"], times=times) for of in cell.values())
+        return faster and no_slower(cell, mode, "off") and (mode != "full" or no_slower(cell, "full", "lightweight"))
 
-    def full_wins(cell: Mapping[str, Mapping[str, Figure]]) -> bool:
-        return wins(cell, "full") and no_slower(cell, "full", "lightweight")
+    def first(mode: str) -> int | None:
+        found = smallest_from_which(figures, lambda cell: wins(cell, mode))
+        if found == longest and not wins(figures[longest], mode, ALONE):
+            return None
+        return found
 
     if not figures:
         return None
-    lightweight = smallest_from_which(figures, lambda cell: wins(cell, "lightweight"))
-    full = smallest_from_which(figures, full_wins)
     longest = max(figures)
+    lightweight, full = first("lightweight"), first("full")
     if lightweight is None and policy.pool_lightweight_from is not None and policy.pool_lightweight_from > longest:
         lightweight = policy.pool_lightweight_from
     if full is None and policy.pool_full_from is not None and policy.pool_full_from > longest:
@@ -133,8 +144,9 @@ def kernel_rules(
 ) -> tuple[KernelRule, ...]:
     """The fastest kernel by dtype and length, where it is not the one that "auto" takes: `Profile.kernels`.
 
-    A kernel is named where it is faster than auto's own choice, as `gains` has it. Neighbours that agree are one rule;
-    AUTO ends one. Below the shortest length that was measured there is no rule.
+    A kernel is named where it is faster than auto's own choice, as `gains` has it, and is so at a neighbour too, or by
+    `ALONE` times the spreads. Neighbours that agree are one rule; AUTO ends one. Nothing is said of lengths below the
+    shortest that was measured, nor from twice the longest on: there a kernel may take memory that nobody has seen.
 
     Args:
         figures: dtype -> tokens -> (auto's own choice, kernel -> figure). Where the kernel that "auto" takes has no
@@ -145,19 +157,25 @@ def kernel_rules(
     (KernelRule(dtype='float32', from_length=1024, kernel='fast'),
      KernelRule(dtype='float32', from_length=4096, kernel='auto'))
     """
+
+    def fastest(usual: str, kernels: Mapping[str, Figure], times: float) -> str:
+        best = min(kernels, key=lambda name: kernels[name].seconds)
+        better = usual not in kernels or gains(kernels[best], kernels[usual], times=times)
+        return best if better else AUTO
+
     rules = []
     for dtype, lengths in figures.items():
+        cells = {length: lengths[length] for length in sorted(lengths) if lengths[length][1]}
+        winners = [fastest(*cell, times=1.0) for cell in cells.values()]
         latest = AUTO
-        for length in sorted(lengths):
-            usual, kernels = lengths[length]
-            if not kernels:
-                continue
-            fastest = min(kernels, key=lambda name: kernels[name].seconds)
-            better = usual not in kernels or gains(kernels[fastest], kernels[usual])
-            chosen = fastest if better else AUTO
+        for place, (length, cell) in enumerate(cells.items()):
+            neighbours = winners[max(0, place - 1) : place] + winners[place + 1 : place + 2]
+            chosen = winners[place] if winners[place] in neighbours else fastest(*cell, times=ALONE)
             if chosen != latest:
                 rules.append(KernelRule(dtype, length, chosen))
                 latest = chosen
+        if latest != AUTO:
+            rules.append(KernelRule(dtype, 2 * max(cells), AUTO))
     return tuple(rules)
 
 

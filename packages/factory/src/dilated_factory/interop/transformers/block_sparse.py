@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_core.resources import Resources
-from dilated_factory.interop.transformers.settings import BlockSparseSettings, of_module
+from dilated_factory.interop.transformers.settings import BlockSparseSettings, Described, make_layout, of_module
 
 if TYPE_CHECKING:
     from dilated_block_sparse import BlockLayout
@@ -35,6 +35,9 @@ class BlockSparseEngine:
             module, self.name, self.defaults, BlockSparseSettings.from_config, _EXAMPLE
         )
         return found
+
+    def check_heads(self, settings: BlockSparseSettings, heads: int, all_heads: int | None) -> None:
+        """Nothing to refuse: a layout is the same for all heads, or has a number of heads, which the call checks."""
 
     def whole(
         self,
@@ -65,10 +68,10 @@ class BlockSparseEngine:
         dropout_p: float,
     ) -> Tensor:
         """The last rows of the causal call: one by a layout of one row, more behind rows in which nothing is live."""
-        tokens = key.shape[1]
-        past = tokens - query.shape[1]
+        tokens = operator.index(key.shape[1])  # as in whole
+        past = tokens - operator.index(query.shape[1])
         options = {"is_causal": past + 1 < tokens, "scale": scale, "dropout_p": dropout_p}
-        layout = _last_layout(settings, past, tokens)
+        layout = _last_layout(settings.patterns, past, tokens)
         if past + 1 == tokens:
             return self._attend(settings, query, key, value, real, layout, options)
         query = torch.cat([query.new_zeros(query.shape[0], past, *query.shape[2:]), query], 1)
@@ -101,18 +104,26 @@ class BlockSparseEngine:
         return out
 
 
+# A trace takes the layout for a constant of its lengths, as that of a whole sequence (settings.make_layout).
+def _last_layout(patterns: Described, past: int, tokens: int) -> BlockLayout:
+    return _make_last_layout(patterns, past, tokens)
+
+
+_last_layout._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 # Every layer of a model asks for the same at each step.
 @lru_cache(maxsize=8)
-def _last_layout(settings: BlockSparseSettings, past: int, tokens: int) -> BlockLayout:
+def _make_last_layout(patterns: Described, past: int, tokens: int) -> BlockLayout:
     """The layout of the rows from ``past``: of one row alone, or of all rows with nothing live in those before.
 
     Raises:
         ValueError: rows before ``past`` have other blocks at this length than they had when they were attended.
     """
-    layout = settings.layout(tokens).causal()
+    layout = make_layout(patterns, tokens).causal()
     rows, columns = layout.block_size
     first = past // rows
-    _check_unchanged(settings.layout(past).causal(), layout, past)
+    _check_unchanged(make_layout(patterns, past).causal(), layout, past)
     if tokens - past == 1:
         live = [[layout.row(first, head)] for head in range(layout.heads)]
         return type(layout).from_rows(live, 1, tokens, block_size=(1, columns))

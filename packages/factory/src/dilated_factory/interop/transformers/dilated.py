@@ -35,6 +35,20 @@ class DilatedEngine:
         found: DilatedSettings = of_module(module, self.name, self.defaults, DilatedSettings.from_config, _EXAMPLE)
         return found
 
+    def check_heads(self, settings: DilatedSettings, heads: int, all_heads: int | None) -> None:
+        """Refuse a shard of tensor parallelism whose heads would take other grids than they have in the whole."""
+        if all_heads is None or heads >= all_heads or all_heads % heads:
+            return
+        branches = len(settings.segment_lengths)
+        for index, rate in enumerate(settings.dilation_rates):
+            here = head_phases(settings.semantics, index, branches, rate, heads)
+            if here * (all_heads // heads) != head_phases(settings.semantics, index, branches, rate, all_heads):
+                raise ValueError(
+                    f"query: expected all {all_heads} heads, got {heads}: a shard of tensor parallelism, whose heads "
+                    f'would take other grids than theirs in branch {index} (semantics "{settings.semantics}", rate '
+                    f'{rate}; with "paper", rates that divide {heads} are right on every shard)'
+                )
+
     def whole(
         self,
         settings: DilatedSettings,

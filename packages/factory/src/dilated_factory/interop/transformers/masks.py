@@ -21,6 +21,10 @@ def make_mask_function(
     It is called by keyword and returns a bool tensor (batch, tokens), True where a token is real, or None where all
     are. ``tokens`` is fewer than the keys where a cache of fixed size has room left: keys from there on are empty. Fed
     with its own result it returns the same, which transformers does where masks are prepared ahead of a call.
+
+    For any other mask function it returns a mask of no tokens, which ``check_padding`` refuses. Models that can have a
+    sliding window make a mask for it even where none of their layers uses it, so the refusal is left to a layer that
+    does.
     """
 
     def padding_mask(
@@ -37,12 +41,9 @@ def make_mask_function(
         **unused: Any,  # dtype and alike, for masks that are added to scores
     ) -> Tensor | None:
         is_causal = mask_function is causal_mask_function
-        if not is_causal and mask_function is not bidirectional_mask_function:
-            raise ValueError(
-                "attention_mask: expected causal or bidirectional attention, got another mask function (a sliding "
-                "window or chunks: set config.sliding_window = None; packed sequences: pass them as rows of a batch, "
-                "and an attention_mask under torch.compile, where transformers cannot tell them from one sequence)"
-            )
+        refused = attention_mask is not None and attention_mask.ndim == 2 and attention_mask.shape[1] == 0
+        if refused or (not is_causal and mask_function is not bidirectional_mask_function):
+            return torch.ones(batch_size, 0, dtype=torch.bool, device=device)
         if kv_offset != 0:
             raise ValueError(
                 f"past_key_values: expected a cache that keeps all tokens, got one that dropped {kv_offset}"
@@ -52,8 +53,9 @@ def make_mask_function(
             may_skip = allow_is_causal_skip if is_causal else allow_is_bidirectional_skip
             if tokens == kv_length and may_skip:
                 return None
-            return torch.ones(batch_size, tokens, dtype=torch.bool, device=device)
-        if attention_mask.ndim == 2 and attention_mask.shape[1] == kv_length:
+            return _said(torch.ones(batch_size, tokens, dtype=torch.bool, device=device), is_causal)
+        # Only a cache of fixed size, whose length is a tensor, has a mask for keys that are not there yet.
+        if attention_mask.ndim == 2 and attention_mask.shape[1] == kv_length and isinstance(q_offset, Tensor):
             attention_mask = attention_mask[:, :tokens]
         if attention_mask.shape != (batch_size, tokens):
             raise ValueError(
@@ -63,9 +65,21 @@ def make_mask_function(
         real = attention_mask.to(torch.bool)
         if tokens == kv_length and not torch.compiler.is_compiling() and bool(real.all()):
             return None
-        return real
+        return _said(real, is_causal)
 
     return padding_mask
+
+
+def said_causal(mask: Tensor | None) -> bool | None:
+    """Whether a mask was made for causal attention; None where it does not say."""
+    return getattr(mask, "_dilated_is_causal", None)
+
+
+def _said(mask: Tensor, is_causal: bool) -> Tensor:
+    """The mask, with the word whether it is causal; on an object of its own, for the caller's may serve two models."""
+    mask = mask.view(mask.shape)
+    mask._dilated_is_causal = is_causal  # type: ignore[attr-defined]
+    return mask
 
 
 def _tokens(q_length: int, kv_length: int, q_offset: int | Tensor) -> int:
@@ -87,7 +101,8 @@ def check_padding(mask: object, batch: int, keys: int) -> Tensor | None:
 
     Raises:
         TypeError: no bool tensor.
-        ValueError: another shape, such as the four dimensions of an arbitrary mask.
+        ValueError: another shape, such as the four dimensions of an arbitrary mask; or a mask of no tokens, which
+            stands for a mask function that is neither causal nor bidirectional.
     """
     if mask is None:
         return None
@@ -102,4 +117,11 @@ def check_padding(mask: object, batch: int, keys: int) -> Tensor | None:
         raise TypeError(f"attention_mask: expected a bool tensor (batch, tokens) or None, got {found}")
     if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] > keys:
         raise ValueError(f"attention_mask: expected (batch, tokens) = ({batch}, at most {keys}), got {shape}")
+    if mask.shape[1] == 0:
+        raise ValueError(
+            "attention_mask: expected causal or bidirectional attention, got another mask function (a sliding window "
+            'or chunks: make each of config.layer_types "full_attention", or without layer_types set '
+            "config.sliding_window = None; packed sequences: pass them as rows of a batch, and an attention_mask under "
+            "torch.compile, where transformers cannot tell them from one sequence)"
+        )
     return mask

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dilated_factory.interop.transformers.masks import check_padding
+from dilated_factory.interop.transformers.masks import check_padding, said_causal
 
 # What models hand on to every layer, and what has no say in which keys are attended.
 _WITHOUT_EFFECT = frozenset(
@@ -41,6 +41,9 @@ class Engine(Protocol):
 
     def settings(self, module: nn.Module) -> Any:
         """What the module's config says."""
+
+    def check_heads(self, settings: Any, heads: int, all_heads: int | None) -> None:
+        """Raise ValueError where these heads, a part of all, would attend otherwise than they do among all."""
 
     def whole(
         self,
@@ -85,9 +88,12 @@ def make_attention_function(engine: Engine) -> Callable[..., tuple[Tensor, None]
         **others: Any,
     ) -> tuple[Tensor, None]:
         """(batch, heads, seq, head_dim) in, (batch, seq, heads, head_dim) out, as transformers has it."""
+        real = check_padding(attention_mask, key.shape[0], key.shape[2])
         _refuse_others(engine.name, others)
         causal = _is_causal(engine.name, module, is_causal)
-        real = check_padding(attention_mask, key.shape[0], key.shape[2])
+        by_mask = said_causal(real)
+        if by_mask is not None:  # as with sdpa: some modules say causal and are given a bidirectional mask
+            causal = by_mask
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
         if real is not None and causal:  # a cache of fixed size holds no tokens beyond the mask
             key, value = (tensor[:, : real.shape[1]] for tensor in (key, value))
@@ -98,6 +104,7 @@ def make_attention_function(engine: Engine) -> Callable[..., tuple[Tensor, None]
                 "self-attention (give cross-attention another attn_implementation)"
             )
         settings = engine.settings(module)
+        engine.check_heads(settings, query.shape[2], _all_heads(module))
         options = {"scale": scaling, "dropout_p": dropout}
         attend = _whole if seq == keys else _last_rows
         out = attend(engine, settings, (query, key, value), real, causal, options)
@@ -126,6 +133,13 @@ def _is_causal(name: str, module: nn.Module, is_causal: bool | None) -> bool:
             "not define (give it another attn_implementation)"
         )
     return is_causal
+
+
+def _all_heads(module: nn.Module) -> int | None:
+    """How many heads the module has on all devices; None where neither it nor its config says."""
+    config = getattr(module, "config", None)
+    said = (getattr(module, "num_heads", None), getattr(config, "num_attention_heads", None))
+    return next((heads for heads in said if isinstance(heads, int)), None)
 
 
 def _whole(

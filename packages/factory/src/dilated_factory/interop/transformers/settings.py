@@ -118,7 +118,7 @@ class BlockSparseSettings:
             ImportError: dilated_block_sparse is not installed; the message names the extra.
             TypeError, ValueError: a pattern has no such name or option, or a value is out of its range.
         """
-        return _layout(self.patterns, seq_len)
+        return make_layout(self.patterns, seq_len)
 
 
 def of_module(
@@ -163,12 +163,13 @@ def _frozen(value: Any) -> Any:
 
 
 # A trace runs this as it is and takes the layout for a constant of that length.
-def _layout(patterns: Described, seq_len: int) -> BlockLayout:
+def make_layout(patterns: Described, seq_len: int) -> BlockLayout:
+    """The layout of that many tokens; see ``BlockSparseSettings.layout``."""
     return _layouts(patterns).of(seq_len)
 
 
 # What torch.compiler.assume_constant_result sets; calling it would load the whole compiler with this file.
-_layout._dynamo_marked_constant = True  # type: ignore[attr-defined]
+make_layout._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache(maxsize=_KEPT_PATTERNS)
