@@ -312,7 +312,7 @@ def test_a_first_cell_that_is_much_too_long_is_left_out(monkeypatch: pytest.Monk
 @pytest.fixture(scope="module")
 def tuned() -> tuple[Profile, list[tuple[int, int, str]]]:
     told: list[tuple[int, int, str]] = []
-    profile = tune("cpu", budget_seconds=1.0, progress=lambda *step: told.append(step), **SMALL)
+    profile = tune("cpu", budget_seconds=6.0, progress=lambda *step: told.append(step), **SMALL)
     return profile, told
 
 
