@@ -24,10 +24,10 @@ from dilated_core import measure
 from dilated_factory import Hardware, Policy, Profile, SharedResources, create_dilated_attention
 from dilated_factory.profile import load
 from dilated_factory.resources.shared import MIN_BYTES
-from dilated_factory.tune import LENGTHS, text, tune
-from dilated_factory.tune.cells import FORWARD, TRAINING
-from dilated_factory.tune.probe import PATTERN, Probe
-from dilated_factory.tune.rules import Figure, gains
+from dilated_factory.tuning import LENGTHS, text, tune
+from dilated_factory.tuning.cells import FORWARD, TRAINING
+from dilated_factory.tuning.probe import PATTERN, Probe
+from dilated_factory.tuning.rules import Figure, gains
 
 HEADS, HEAD_DIM = 8, 64
 ROUNDS = 9

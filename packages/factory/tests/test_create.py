@@ -269,7 +269,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("attention", {"lightweight_pool": "no"}, TypeError, "^lightweight_pool: expected True, False or None"),
     ("attention", {"enable_pattern_cache": 0}, TypeError, "^enable_pattern_cache: expected True, False or"),
     ("attention", {"allow_sparse": None}, TypeError, "^allow_sparse: expected a bool"),
-    ("attention", {"policy": {"ring_from": 1}}, TypeError, "^policy: expected a Policy or None"),
+    ("attention", {"policy": {"sparse_above": 1}}, TypeError, "^policy: expected a Policy or None"),
     ("attention", {"hardware": "cpu"}, TypeError, "^hardware: expected a Hardware or None"),
     ("attention", {"enable_memory_pool": False, "lightweight_pool": True}, ValueError, "contradict"),
     ("attention", {"segment_lengths": None}, ValueError, "^segment_lengths: expected one entry a branch"),

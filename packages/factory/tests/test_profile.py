@@ -278,7 +278,7 @@ def test_a_profile_of_ones_own_wins_over_the_users(users: Path) -> None:
     fitting().save(users)
     module = created(profile=fitting(pool_thresholds=(None, 16), kernels=()))
     assert module.decision.pool_mode == "full"
-    assert module.decision.profile == ""
+    assert module.decision.profile == "as given"
     module(*torch.zeros(3, 1, 64, 2, 8))
     assert module.decision.kernel == "auto"
 

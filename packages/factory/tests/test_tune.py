@@ -21,12 +21,12 @@ from dilated_core.measure import Timing
 from dilated_factory import Hardware, Policy, Profile, create_dilated_attention
 from dilated_factory.cli import main
 from dilated_factory.profile import AUTO, NEVER_BYTES, VARIABLE, KernelRule, load
-from dilated_factory.tune import budget as budgets
-from dilated_factory.tune import pools, session, text, tune
-from dilated_factory.tune.budget import FEWEST, MOST, Budget, OutOfTime, foresee
-from dilated_factory.tune.cells import TOLERANCES
-from dilated_factory.tune.probe import Probe
-from dilated_factory.tune.rules import (
+from dilated_factory.tuning import budget as budgets
+from dilated_factory.tuning import pools, session, text, tune
+from dilated_factory.tuning.budget import FEWEST, MOST, Budget, OutOfTime, foresee
+from dilated_factory.tuning.cells import TOLERANCES
+from dilated_factory.tuning.probe import Probe
+from dilated_factory.tuning.rules import (
     Figure,
     fastest_block_size,
     gains,
@@ -381,7 +381,7 @@ def test_a_candidate_that_is_wrong_is_dropped_with_its_figure(fault: str) -> Non
     probe = Probe(torch.device("cpu"), Hardware.detect("cpu"), 2, 8, lambda words: None)
     example = probe.example(64, torch.float32)
     from dilated_core import dilated_attention
-    from dilated_factory.tune.probe import PATTERN
+    from dilated_factory.tuning.probe import PATTERN
 
     def right(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         return dilated_attention(query, key, value, PATTERN.segment_lengths, PATTERN.dilation_rates)

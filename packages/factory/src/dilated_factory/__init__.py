@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from dilated_factory.registry import NotInstalledError
     from dilated_factory.reporting import Report, report
     from dilated_factory.resources import SharedResources, shared_resources
+    from dilated_factory.tuning import tune
 
 __all__ = [
     "DecidedModule",
@@ -48,6 +49,7 @@ __all__ = [
     "register_transformers",
     "report",
     "shared_resources",
+    "tune",
 ]
 
 _HOMES = {
@@ -68,6 +70,7 @@ _HOMES = {
     "register_transformers": "interop.transformers",
     "report": "reporting",
     "shared_resources": "resources",
+    "tune": "tuning",
 }
 
 

@@ -17,7 +17,6 @@ PoolMode = Literal["off", "lightweight", "full"]
 _THRESHOLDS = (
     "pool_lightweight_from",
     "pool_full_from",
-    "ring_from",
     "sparse_above",
     "memory_budget_bytes",
     "live_tensors",
@@ -45,9 +44,8 @@ class Policy:
     pool_full_from: int | None = 8192
     # Same report, "Special Implementations", and the rule in "Memory Pool Integration Summary Report".
     pool_always: tuple[str, ...] = ("ring", "distributed", "block_sparse", "block_sparse_ring")
-    # Specification, "Performance Benchmark Report", "For Long Sequences": improved below 8K, ring from 8K to
-    # 64K, block_sparse_ring above 64K. Ring types only where the sequence is sharded, see `choose_type`.
-    ring_from: int = 8192
+    # Specification, "Performance Benchmark Report", "For Long Sequences": block_sparse_ring above 64K. Its ring from 8K
+    # on would need shards of the sequence, and those need a ring at any length: see `choose_type`.
     sparse_above: int = 65536
     # Specification, "Pattern Caching Performance Analysis Report", recommendation 1: on by default.
     pattern_cache: bool = True
@@ -70,10 +68,9 @@ class Policy:
         always: object = self.pool_always
         if not (isinstance(always, tuple) and all(isinstance(name, str) for name in always)):
             raise TypeError(f"Policy.pool_always: expected a tuple of type names, got {always!r}")
-        for low, high in (("pool_lightweight_from", "pool_full_from"), ("ring_from", "sparse_above")):
-            lower, upper = getattr(self, low), getattr(self, high)
-            if lower is not None and upper is not None and lower > upper:
-                raise ValueError(f"Policy.{low}: expected at most Policy.{high} = {upper}, got {lower}")
+        lower, upper = self.pool_lightweight_from, self.pool_full_from
+        if lower is not None and upper is not None and lower > upper:
+            raise ValueError(f"Policy.pool_lightweight_from: expected at most pool_full_from = {upper}, got {lower}")
 
     def choose_pool(
         self,
@@ -184,8 +181,6 @@ class Policy:
         if sequence_length is None:
             hint = "give sequence_length=; the largest segment says nothing about it"
             reasons.append(f"auto: improved, because no sequence length is known ({hint})")
-        elif sequence_length < self.ring_from:
-            reasons.append(f"auto: improved, because {tokens} is below {self.ring_from:,}")
         else:
             reasons.append(f"auto: improved, because no group= was given; {self._room(working_set, memory_total)}")
         if world_size > 1:

@@ -41,6 +41,8 @@ class KernelRule:
 class Profile:
     """The thresholds that one machine measured. None, and no rule, leave what the policy says.
 
+    Raises TypeError or ValueError where a field is none of its own.
+
     Attributes:
         hardware: `Hardware.key()` of what it was measured on.
         device_type: "cpu" or "cuda".
@@ -69,6 +71,28 @@ class Profile:
     block_size: tuple[int, int] | None = None
     measurements: tuple[dict[str, Any], ...] = field(default=(), hash=False)
     path: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("hardware", "device_type", "created"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name}: expected text, got {getattr(self, name)!r}")
+        for rule in self.kernels:
+            words = isinstance(rule, KernelRule) and isinstance(rule.dtype, str) and isinstance(rule.kernel, str)
+            if not (words and _is_size(rule.from_length)):
+                raise TypeError(f"kernels: expected a dtype, a length and a kernel, got {rule}")
+        for name in ("pool_thresholds", "block_size"):
+            pair = getattr(self, name)
+            if pair is None:
+                continue
+            if len(pair) != 2 or not all(_is_size(one) or (one is None and name != "block_size") for one in pair):
+                raise TypeError(f"{name}: expected two sizes, got {pair}")
+        if self.pool_min_bytes is not None and not _is_size(self.pool_min_bytes):
+            raise TypeError(f"pool_min_bytes: expected a size, got {self.pool_min_bytes!r}")
+        if not (isinstance(self.versions, dict) and all(isinstance(one, str) for one in self.versions.values())):
+            raise TypeError(f"versions: expected names and versions, got {self.versions!r}")
+        if not all(isinstance(one, dict) for one in self.measurements):
+            raise TypeError("measurements: expected an object for each")
+        self.policy(Policy())  # thresholds out of order are found here
 
     def policy(self, policy: Policy) -> Policy:
         """`policy` with the thresholds that were measured."""
@@ -149,37 +173,18 @@ def _checked(content: dict[str, Any]) -> Profile:
         if names:
             raise ValueError(f"{what} fields {sorted(names)}")
     content["kernels"] = tuple(KernelRule(**rule) for rule in content["kernels"])
-    for rule in content["kernels"]:
-        if not (isinstance(rule.dtype, str) and isinstance(rule.kernel, str) and _is_size(rule.from_length)):
-            raise TypeError(f"kernels: expected a dtype, a length and a kernel, got {rule}")
     content["measurements"] = tuple(content["measurements"])
     for name in ("pool_thresholds", "block_size"):
-        pair = content[name]
-        if pair is not None:
-            if len(pair) != 2 or not all(_is_size(one) or (one is None and name != "block_size") for one in pair):
-                raise TypeError(f"{name}: expected two sizes, got {pair}")
-            content[name] = tuple(pair)
-    least = content["pool_min_bytes"]
-    if least is not None and not _is_size(least):
-        raise TypeError(f"pool_min_bytes: expected a size, got {least!r}")
-    for name in ("hardware", "device_type", "created"):
-        if not isinstance(content[name], str):
-            raise TypeError(f"{name}: expected text, got {content[name]!r}")
-    versions = content["versions"]
-    if not (isinstance(versions, dict) and all(isinstance(version, str) for version in versions.values())):
-        raise TypeError(f"versions: expected names and versions, got {versions!r}")
-    if not all(isinstance(one, dict) for one in content["measurements"]):
-        raise TypeError("measurements: expected an object for each")
-    made = Profile(**content)
-    made.policy(Policy())  # thresholds out of order are found here
-    return made
+        if content[name] is not None:
+            content[name] = tuple(content[name])
+    return Profile(**content)
 
 
 def default_path() -> Path:
     """Where the user's profile is: $DILATED_PROFILE, else profile.json in the user's own folder for configuration."""
     named = os.environ.get(VARIABLE)
     if named and named != "off":
-        return Path(named)
+        return Path(named).expanduser()
     import platformdirs
 
     return Path(platformdirs.user_config_dir("dilated")) / "profile.json"

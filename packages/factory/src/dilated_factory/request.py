@@ -21,7 +21,7 @@ from dilated_factory.hooks import Rules
 from dilated_factory.policy import Policy, PoolMode
 from dilated_factory.profile import Profile, users_profile
 from dilated_factory.resources.handles import BuffersByKind, CachedPatterns, PooledAllocator
-from dilated_factory.resources.shared import SharedResources, shared_resources
+from dilated_factory.resources.shared import POOLED_DEVICES, SharedResources, shared_resources
 from dilated_factory.types import SIZES, accepted_options, names_option
 
 USERS = "user"
@@ -139,7 +139,7 @@ class Request:
         if own and profile is not None and profile.kernels and not _drops(options):
             rules.profile = replace(profile, measurements=())  # which copies of the module need not carry
 
-        pool_mode, pool_reason = self._wire_pool(policy, name, builder, options, rules, unwired)
+        pool_mode, pool_reason = self._wire_pool(policy, hardware, name, builder, options, rules, unwired)
         cache, cache_reason = self._wire_cache(policy, name, builder, options, unwired)
         reasons += (
             kernel_reason,
@@ -160,7 +160,7 @@ class Request:
             buffer_manager=self.buffer_manager,
             sequence_length=self.sequence_length,
             policy=policy,
-            profile=None if profile is None else profile.path,
+            profile=None if profile is None else profile.path or "as given",
             unwired=tuple(unwired),
         )
         follows = rules.allocator is not None or rules.profile is not None
@@ -187,6 +187,7 @@ class Request:
     def _wire_pool(
         self,
         policy: Policy,
+        hardware: Hardware,
         name: str,
         builder: Callable[..., nn.Module],
         options: dict[str, Any],
@@ -199,6 +200,9 @@ class Request:
             own: PoolMode = "lightweight" if getattr(given, "mode", None) == "lightweight" else "full"
             return own, f"the caller's allocator, {given!r}"
         takes = names_option(builder, "allocator")
+        device = torch.device(options.get("device") or hardware.device_type).type
+        if device not in POOLED_DEVICES and (self.buffer_manager or self.enable_memory_pool or self.lightweight_pool):
+            raise ValueError(f"device: expected one of {POOLED_DEVICES} for a memory pool, got {device}")
         if self.buffer_manager:
             if not takes:
                 raise TypeError(f'buffer_manager: attention type "{name}" has no option allocator to take it by')
@@ -207,6 +211,9 @@ class Request:
         mode, reason = policy.choose_pool(
             name, self.sequence_length, enable=self.enable_memory_pool, lightweight=self.lightweight_pool
         )
+        if takes and mode != "off" and device not in POOLED_DEVICES:
+            unwired.append("memory pool")
+            return mode, f"{reason}; not wired, since there is none on {device}"
         if not takes:
             if mode == "off":
                 return mode, reason

@@ -45,7 +45,7 @@ COMMANDS = {
     ),
     "tune": Command(
         "measure memory pools, kernels and block sizes on this machine, and write a profile that the factory follows",
-        "dilated_factory.tune.command",
+        "dilated_factory.tuning.command",
     ),
 }
 

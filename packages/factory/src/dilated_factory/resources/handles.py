@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dilated_factory.policy import PoolMode
-from dilated_factory.resources.shared import SharedResources
+from dilated_factory.resources.shared import POOLED_DEVICES, SharedResources
 from dilated_memory_pool import PoolMemoryError
 
 
@@ -40,7 +40,7 @@ class PooledAllocator:
                 the device. PoolMemoryError: the device has no more memory.
         """
         mode = self.mode
-        if mode == "off" or device.type not in ("cpu", "cuda"):  # meta and fake tensors have no memory
+        if mode == "off" or device.type not in POOLED_DEVICES:  # meta and fake tensors have no memory
             return torch.empty(size, dtype=dtype, device=device)
         try:
             return self.resources.pool(device, mode).empty(size, dtype=dtype, device=device)
@@ -78,7 +78,7 @@ class KindOfBuffer:
 
     def empty(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised, contiguous tensor. Raises as ``AttentionBufferManager.empty``."""
-        if device.type not in ("cpu", "cuda"):
+        if device.type not in POOLED_DEVICES:
             return torch.empty(size, dtype=dtype, device=device)
         return self.resources.manager(device).empty(size, dtype=dtype, device=device, kind=self.kind)
 

@@ -20,6 +20,8 @@ from dilated_memory_pool.backends import Backend, choose
 from dilated_memory_pool.sizes import parse_bytes, parse_limit
 from dilated_pattern_cache import CacheInfo, DilatedPatternCache
 
+# The types of device that have a pool.
+POOLED_DEVICES = ("cpu", "cuda")
 # The size from which a pool serves a tensor itself, where no profile has measured another: dilated_memory_pool's own.
 MIN_BYTES = "1MiB"
 

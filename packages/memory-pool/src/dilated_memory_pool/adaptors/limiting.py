@@ -100,6 +100,8 @@ class LimitingAdaptor(Adaptor):
 
     def _charge(self, ticket: int, nbytes: int) -> int:
         """Enter a charge if it is within the limit, else return by how many bytes it is not."""
+        if nbytes > self.limit:  # not even looked at, or others would be refused for it meanwhile
+            return nbytes - self.limit
         self._charges[ticket] = nbytes
         counted = 0
         for other, charge in self._charges.copy().items():

@@ -18,8 +18,8 @@ from dilated_factory.create import create_dilated_attention
 from dilated_factory.hardware import Hardware
 from dilated_factory.policy import Policy
 from dilated_factory.resources.shared import SharedResources
-from dilated_factory.tune.budget import FEWEST, Budget, OutOfTime
-from dilated_factory.tune.cells import TRAINING, Attention, Example, Timed, time_in_turns
+from dilated_factory.tuning.budget import FEWEST, Budget, OutOfTime
+from dilated_factory.tuning.cells import TRAINING, Attention, Example, Timed, time_in_turns
 
 # The paper's kind of pattern, lengths and rates growing alike, at 1,792 keys a row: its own has 4,266, and would leave
 # little time for long sequences. Only rates below the number of heads copy rows, into memory that a pool may lend; with

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from dilated_factory.registry import install_command
-from dilated_factory.tune.budget import FEWEST, Budget, OutOfTime
-from dilated_factory.tune.cells import TRAINING, Example, recorded, time_in_turns
-from dilated_factory.tune.probe import Probe
-from dilated_factory.tune.rules import Figure
+from dilated_factory.tuning.budget import FEWEST, Budget, OutOfTime
+from dilated_factory.tuning.cells import TRAINING, Example, recorded, time_in_turns
+from dilated_factory.tuning.probe import Probe
+from dilated_factory.tuning.rules import Figure
 
 if TYPE_CHECKING:
     from dilated_block_sparse import BlockLayout

@@ -40,8 +40,8 @@ def run(options: argparse.Namespace) -> int:
     """
     from dilated_factory.policy import Policy
     from dilated_factory.profile import default_path
-    from dilated_factory.tune import LENGTHS, text, tune
-    from dilated_factory.tune.screen import progress
+    from dilated_factory.tuning import LENGTHS, text, tune
+    from dilated_factory.tuning.screen import progress
 
     place = default_path() if options.output is None else options.output
     objection = None if options.dry_run else _objection(place)

@@ -9,10 +9,10 @@ import torch
 from dilated_core import kernels
 from dilated_factory.profile import AUTO
 from dilated_factory.resources.shared import SharedResources
-from dilated_factory.tune.budget import Budget, OutOfTime
-from dilated_factory.tune.cells import TRAINING, bytes_of_scores, recorded
-from dilated_factory.tune.probe import PATTERN, Probe
-from dilated_factory.tune.rules import Figure
+from dilated_factory.tuning.budget import Budget, OutOfTime
+from dilated_factory.tuning.cells import TRAINING, bytes_of_scores, recorded
+from dilated_factory.tuning.probe import PATTERN, Probe
+from dilated_factory.tuning.rules import Figure
 
 # A kernel so many times slower than the fastest at one length is left out from the next on.
 FAR_BEHIND = 3.0

@@ -1,8 +1,8 @@
 """`dilated tune`: measures on this machine what the policy otherwise takes from a table, and writes it down.
 
-`rules` turns figures into thresholds, `budget` fits the work into the time there is, `cells` takes one figure, `parts`
-says what is measured, `text` and `screen` show it, `command` is the command line. The measurement is called
-``dilated_factory.tune.tune``: ``dilated_factory.tune`` is this room. Imports torch when it measures, not before.
+`rules` turns figures into thresholds, `budget` fits the work into the time there is, `cells` takes one figure,
+`pools`, `kernels` and `blocks` say of what, `text` and `screen` show it, `command` is the command line. The measurement
+itself is ``dilated_factory.tune``. Imports torch when it measures, not before.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def tune(
     lengths: Sequence[int] = LENGTHS,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Profile:
-    """Measure pools, kernels and block sizes on this machine, and decide by `dilated_factory.tune.rules`.
+    """Measure pools, kernels and block sizes on this machine, and decide by `dilated_factory.tuning.rules`.
 
     Nothing is written: `Profile.save()` does that. Every candidate's output and gradients are compared with the float64
     definition in the same run, and one that deviates is left out of the choice. What the time does not allow is left
@@ -78,7 +78,7 @@ def tune(
                 raise ValueError(f"{word}: expected a positive int, got {value}")
     if not (progress is None or callable(progress)):
         raise TypeError(f"progress: expected something to call, or None, got {progress!r}")
-    from dilated_factory.tune.session import measure_all
+    from dilated_factory.tuning.session import measure_all
 
     return measure_all(
         device,

@@ -11,9 +11,9 @@ import torch
 from dilated_factory.hardware import Hardware
 from dilated_factory.policy import Policy
 from dilated_factory.profile import MEASURED_WITH, NEVER_BYTES, Profile, installed_version
-from dilated_factory.tune import blocks, kernels, pools, rules
-from dilated_factory.tune.budget import Budget
-from dilated_factory.tune.probe import PATTERN, Probe
+from dilated_factory.tuning import blocks, kernels, pools, rules
+from dilated_factory.tuning.budget import Budget
+from dilated_factory.tuning.probe import PATTERN, Probe
 
 # Of the time that is left when a part begins. What a part does not need goes to those after it.
 SHARES = {"pool_bytes": 0.15, "pool_tokens": 0.5, "kernels": 0.8, "block_size": 1.0}
@@ -31,7 +31,7 @@ def measure_all(
     lengths: Sequence[int],
     progress: Callable[[int, int, str], None] | None,
 ) -> Profile:
-    """See `dilated_factory.tune.tune`, which has checked all of it but the device."""
+    """See `dilated_factory.tune`, which has checked all of it but the device."""
     start = time.monotonic()
     hardware, place = _place(device)
     total = len(pools.BYTES) + len(lengths) * (1 + len(dtypes)) + len(blocks.SIZES)

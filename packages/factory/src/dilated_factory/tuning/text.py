@@ -8,7 +8,7 @@ from typing import Any
 
 from dilated_factory.policy import Policy
 from dilated_factory.profile import AUTO, NEVER_BYTES, Profile
-from dilated_factory.tune.rules import Figure, gains
+from dilated_factory.tuning.rules import Figure, gains
 
 WIDTH = 80
 

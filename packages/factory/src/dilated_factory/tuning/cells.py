@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dilated_core import measure
-from dilated_factory.tune.budget import FEWEST, Budget
-from dilated_factory.tune.rules import Figure
+from dilated_factory.tuning.budget import FEWEST, Budget
+from dilated_factory.tuning.rules import Figure
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 FORWARD, TRAINING = "forward", "training"

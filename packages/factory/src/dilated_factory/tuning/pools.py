@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from dilated_factory.resources.shared import MIN_BYTES, SharedResources
-from dilated_factory.tune.budget import Budget, OutOfTime
-from dilated_factory.tune.cells import FORWARD, TRAINING, recorded, time_in_turns
-from dilated_factory.tune.probe import Probe
-from dilated_factory.tune.rules import Figure
+from dilated_factory.tuning.budget import Budget, OutOfTime
+from dilated_factory.tuning.cells import FORWARD, TRAINING, recorded, time_in_turns
+from dilated_factory.tuning.probe import Probe
+from dilated_factory.tuning.rules import Figure
 
 BYTES = tuple(2**power for power in range(16, 29))  # 64 KiB to 256 MiB
 # A loop writes at least so much, so that small tensors are not lost in the clock's own time.
