@@ -120,10 +120,8 @@ class Policy:
         >>> [Policy().length_class(length) for length in (1, 4095, 4096, 8191, 8192)]
         [0, 0, 1, 1, 2]
         """
-        return sum(
-            threshold is not None and sequence_length >= threshold
-            for threshold in (self.pool_lightweight_from, self.pool_full_from)
-        )
+        light, full = self.pool_lightweight_from, self.pool_full_from
+        return (light is not None and sequence_length >= light) + (full is not None and sequence_length >= full)
 
     def _pool_by_length(self, sequence_length: int | None) -> tuple[PoolMode, str]:
         if sequence_length is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dilated_factory.policy import PoolMode
 from dilated_factory.resources.shared import POOLED_DEVICES, SharedResources
-from dilated_memory_pool import PoolMemoryError
+from dilated_memory_pool import MemoryPool, PoolMemoryError
 
 
 class PooledAllocator:
@@ -31,6 +31,11 @@ class PooledAllocator:
 
     def __init__(self, resources: SharedResources, mode: PoolMode = "off") -> None:
         self.resources, self.mode = resources, mode
+        self._pools: dict[tuple[torch.device, PoolMode], MemoryPool] = {}  # those that were asked for
+
+    def __reduce__(self) -> tuple[type[PooledAllocator], tuple[SharedResources, PoolMode]]:
+        """A copy, or what a pickle becomes, asks for pools anew."""
+        return PooledAllocator, (self.resources, self.mode)
 
     def empty(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """An uninitialised, contiguous tensor.
@@ -43,7 +48,10 @@ class PooledAllocator:
         if mode == "off" or device.type not in POOLED_DEVICES:  # meta and fake tensors have no memory
             return torch.empty(size, dtype=dtype, device=device)
         try:
-            return self.resources.pool(device, mode).empty(size, dtype=dtype, device=device)
+            pool = self._pools.get((device, mode))
+            if pool is None:
+                pool = self._pools[device, mode] = self.resources.pool(device, mode)
+            return pool.empty(size, dtype=dtype, device=device)
         except PoolMemoryError as failure:
             raise self.resources.backend(device).failure(failure) from failure
 
