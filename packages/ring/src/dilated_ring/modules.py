@@ -286,7 +286,7 @@ class RingMultiheadDilatedAttention(MultiheadProjections):
                 if argument is not None:
                     raise ValueError(f"{name}: expected None, a sequence that lies on many ranks is not for it")
             q, k, v, real = self.projected(query, key, value, key_padding_mask, need_weights, attn_mask)
-        except Exception as error:  # a projection raises RuntimeError for another dtype
+        except Exception as error:  # a projection may raise anything
             ring.refuse(error, bounds)
             raise
         if self.rotary is not None:

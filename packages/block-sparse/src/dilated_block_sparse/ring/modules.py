@@ -277,7 +277,7 @@ class BlockSparseRingMultiheadAttention(MultiheadProjections):
         bounds = ring.bounds if bounds is None else bounds
         try:
             q, k, v, real = self.projected(query, key, value, key_padding_mask, need_weights, attn_mask)
-        except Exception as error:  # a projection raises RuntimeError for another dtype
+        except Exception as error:  # a projection may raise anything
             ring.refuse(error, bounds)
             raise
         if self.rotary is not None:
