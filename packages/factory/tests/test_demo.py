@@ -141,7 +141,7 @@ def test_speed_and_loss_of_an_empty_record_are_unknown() -> None:
 
 def test_compare_checks_before_it_measures() -> None:
     pattern = DilatedPattern([64, 256], [1, 2])
-    results = list(compare(pattern, [64, 200], 2, 8, CPU, 5.0, seed=0))
+    results = list(compare(pattern, [64, 200], 2, 8, CPU, 60.0, seed=0))
     assert [result.length for result in results] == [64, 200]
     for result in results:
         assert all(check.passed and check.rows == comparison.CHECKED_ROWS for check in result.checks.values())

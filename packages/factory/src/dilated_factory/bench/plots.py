@@ -13,7 +13,7 @@ from dilated_core.measure import Timing
 from dilated_factory.bench import ring_sizes, stages
 from dilated_factory.bench.claims import Comparison
 from dilated_factory.bench.results import Results, Row
-from dilated_factory.demo.plots import BLUE, FAINT, GREEN, GRID, INK, ORANGE, PURPLE, SKY, VERMILLION
+from dilated_factory.figures import BLUE, GREEN, GRID, INK, ORANGE, PURPLE, SKY, VERMILLION, make_figure, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["draw"]
 
-DOTS_PER_INCH = 144
 MIB = 2**20
 LINES = ((BLUE, "o"), (VERMILLION, "s"), (GREEN, "^"), (PURPLE, "D"), (ORANGE, "v"), (SKY, "P"))
 
@@ -48,7 +47,7 @@ def _ratios(rows: Sequence[Row], title: str) -> Figure | None:
     ]
     if not lines:
         return None
-    figure, [axes] = _figure(1, 10.0, 1.9 + 0.42 * len(lines))
+    figure, [axes] = make_figure(1, 10.0, 1.9 + 0.42 * len(lines))
     _dumbbells(axes, lines)
     figure.suptitle(f'"{title}": the specification beside this machine', x=0.01, ha="left", fontsize=12)
     return figure
@@ -111,7 +110,7 @@ def _rings(rows: Sequence[Row], title: str) -> Figure | None:
     sizes = sorted({size for family in families.values() for size in family})
     if not sizes:
         return None
-    figure, (memory_axes, time_axes) = _figure(2, 11.0, 4.8)
+    figure, (memory_axes, time_axes) = make_figure(2, 11.0, 4.8)
     for (kind, family), (colour, marker) in zip(families.items(), LINES, strict=False):
         own = sorted(family)
         memory = [float(family[size].facts[key]) for size in own]
@@ -141,7 +140,7 @@ def _rings(rows: Sequence[Row], title: str) -> Figure | None:
         axes.set_yscale("log")
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
-        axes.yaxis.set_major_formatter(_plain)
+        axes.yaxis.set_major_formatter(plain)
         axes.set_xlabel("ring size")
     _round_ticks(memory_axes)
     _round_ticks(time_axes)
@@ -167,7 +166,7 @@ def _stages(rows: Sequence[Row], title: str) -> Figure | None:
     lengths = sorted({length for own in by_name.values() for length in own})
     if not lengths:
         return None
-    figure, (time_axes, speed_axes) = _figure(2, 12.0, 6.0)
+    figure, (time_axes, speed_axes) = make_figure(2, 12.0, 6.0)
     for (name, own), (colour, marker) in zip(by_name.items(), LINES, strict=True):
         known = sorted(own)
         _times(time_axes, known, [own[length] for length in known], colour, marker, name)
@@ -201,7 +200,7 @@ def _stages(rows: Sequence[Row], title: str) -> Figure | None:
         axes.set_yscale("log")
         axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axes.minorticks_off()
-        axes.yaxis.set_major_formatter(_plain)
+        axes.yaxis.set_major_formatter(plain)
         axes.set_xlabel("sequence length (tokens)")
         _round_ticks(axes)
     time_axes.set_ylabel("one forward pass (ms)")
@@ -229,25 +228,6 @@ def _round_ticks(axes: Axes) -> None:
     from matplotlib.ticker import LogLocator
 
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-
-
-def _plain(value: float, _: float) -> str:
-    """Axis labels 0.1, 1, 10, 1,000 instead of powers."""
-    return f"{value:,.0f}" if value >= 1 else f"{value:g}"
-
-
-def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
-    axes_list = [figure.add_subplot(1, panels, index + 1) for index in range(panels)]
-    for axes in axes_list:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(FAINT)
-        axes.tick_params(colors=INK, which="both")
-        axes.grid(visible=True, color=GRID, linewidth=0.6)
-        axes.set_axisbelow(True)
-    return figure, axes_list
 
 
 _PICTURES: dict[str, Callable[[Sequence[Row], str], Figure | None]] = {

@@ -15,17 +15,13 @@ from dilated_core import DilatedPattern
 from dilated_factory.demo.baselines import Baselines
 from dilated_factory.demo.comparison import SizeResult
 from dilated_factory.demo.training import Step, TrainingRecord
+from dilated_factory.figures import BLUE, FAINT, GRID, INK, SKY, VERMILLION, make_figure, plain
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = ["draw_comparison", "draw_learning", "draw_pattern"]
 
-BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-INK, FAINT, GRID = "#222222", "#777777", "#DDDDDD"
-
-DOTS_PER_INCH = 144
 SMOOTHING = 0.9
 """Weight of the past in the training curve's moving average."""
 
@@ -38,7 +34,7 @@ PICTURE_POSITIONS = 128
 
 def draw_learning(path: Path, record: TrainingRecord, baselines: Baselines | None, held_out: float | None) -> None:
     """Bits per byte against time, with the baselines as lines; PNG at `path`."""
-    figure, (axes,) = _figure(1, width=9.0, height=5.0)
+    figure, (axes,) = make_figure(1, width=9.0, height=5.0)
     seconds = [step.seconds for step in record.steps]
     losses = [step.bits_per_byte for step in record.steps]
     axes.plot(seconds, losses, color=SKY, linewidth=0.5, alpha=0.7, label="training, each window")
@@ -82,7 +78,7 @@ def draw_comparison(path: Path, results: Sequence[SizeResult], title: str) -> No
 
     measured = [result for result in results if result.measurements]
     lengths = [result.length for result in measured]
-    figure, (time_axes, memory_axes) = _figure(2, width=11.0, height=4.8)
+    figure, (time_axes, memory_axes) = make_figure(2, width=11.0, height=4.8)
     for name, colour, marker in (("dense", VERMILLION, "s"), ("dilated", BLUE, "o")):
         measurements = [result.measurements[name] for result in measured]
         medians = [1e3 * each.median for each in measurements]
@@ -114,7 +110,7 @@ def draw_comparison(path: Path, results: Sequence[SizeResult], title: str) -> No
         axes.set_yscale("log")
         axes.set_xticks(lengths, [f"{length // 1024}k" for length in lengths])
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(_plain)
+        axes.yaxis.set_major_formatter(plain)
         axes.minorticks_off()
         axes.set_xlabel("sequence length (tokens)")
         axes.margins(y=0.18)
@@ -134,7 +130,7 @@ def draw_pattern(path: Path, pattern: DilatedPattern, heads: Sequence[int]) -> N
     shrink = max(1, max(pattern.segment_lengths) // PICTURE_POSITIONS)
     lengths = [max(1, length // shrink) for length in pattern.segment_lengths]
     colours = ["white", *_branch_colours(pattern.branches)]
-    figure, panels = _figure(len(heads), width=5.4 * len(heads), height=6.6)
+    figure, panels = make_figure(len(heads), width=5.4 * len(heads), height=6.6)
     for axes, head in zip(panels, heads, strict=True):
         cells = _reach(lengths, pattern.dilation_rates, head)
         axes.imshow(
@@ -237,25 +233,6 @@ def _smooth(values: Sequence[float]) -> list[float]:
         weight = SMOOTHING * weight + (1 - SMOOTHING)
         smoothed.append(total / weight)
     return smoothed
-
-
-def _plain(value: float, _: float) -> str:
-    """Axis labels 0.1, 1, 10, 1,000 instead of powers."""
-    return f"{value:,.0f}" if value >= 1 else f"{value:g}"
-
-
-def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH, layout="constrained")
-    axes_list = [figure.add_subplot(1, panels, index + 1) for index in range(panels)]
-    for axes in axes_list:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.spines[["left", "bottom"]].set_color(FAINT)
-        axes.tick_params(colors=INK, which="both")
-        axes.grid(visible=True, color=GRID, linewidth=0.6)
-        axes.set_axisbelow(True)
-    return figure, axes_list
 
 
 def _save(figure: Figure, path: Path) -> None:
