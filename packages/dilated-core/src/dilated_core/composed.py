@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dilated_core.attend import attend
-from dilated_core.fused import Options, sequence_bounds
+from dilated_core.fused import Options
+from dilated_core.packing import sequence_bounds
 from dilated_core.partial import Partial, accumulation_dtype, merge
 from dilated_core.plan import check_torchscale, head_phases
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dilated_core.kernels import Dropout, Kernel, Needs, Problem, choose, rows_for_backward, tile_backward
+from dilated_core.packing import sequence_bounds
 from dilated_core.partial import accumulation_dtype
 from dilated_core.plan import Tile, make_tiles
 from dilated_core.resources import NO_RESOURCES, OF_QKV, BufferKind, Resources
@@ -167,7 +167,8 @@ def _ungather(tile: Tile, rows: Tensor) -> Tensor:
     return rows.reshape(batch, tile.segments * tile.rows, *rows.shape[2:]).contiguous()
 
 
-def _last_stride_1(tensor: Tensor) -> Tensor:
+def last_stride_1(tensor: Tensor) -> Tensor:
+    """The tensor as kernels read it."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
@@ -198,27 +199,12 @@ def _head_blocks(query: Tensor, key: Tensor) -> list[HeadBlock]:
     return [HeadBlock(own, own) for own in (slice(at, min(at + size, heads), 1) for at in range(0, heads, size))]
 
 
-def sequence_bounds(cu_seqlens: Tensor, seq_len: int) -> list[tuple[int, int]]:
-    """(start, stop) of every packed sequence that has tokens.
-
-    Raises:
-        ValueError: the offsets do not rise from 0 to ``seq_len``.
-    """
-    offsets = cu_seqlens.tolist()
-    bounds = list(pairwise(offsets))
-    if not offsets or offsets[0] != 0 or offsets[-1] != seq_len or any(start > stop for start, stop in bounds):
-        shown = offsets if len(offsets) <= 8 else [*offsets[:4], "...", *offsets[-3:]]
-        raise ValueError(f"cu_seqlens: expected offsets that rise from 0 to the {seq_len} tokens, got {shown}")
-    return [(start, stop) for start, stop in bounds if start < stop]
-
-
 def _spans(query: Tensor, extras: Extras, options: Options, resources: Resources) -> Iterator[tuple[slice, Span]]:
     """The positions of every packed sequence, and how to attend it."""
     _, seq_len, heads, _ = query.shape
     real, cu_seqlens, seed_tensor = extras
-    bounds = [(0, seq_len)] if cu_seqlens is None else sequence_bounds(cu_seqlens, seq_len)
     seed = None if seed_tensor is None else int(seed_tensor)
-    for start, stop in bounds:
+    for start, stop in sequence_bounds(cu_seqlens, seq_len):
         part = real if real is None else real[:, start:stop]
         yield slice(start, stop), Span(options, resources, heads, part, seed).apart(start * heads)
 
@@ -227,6 +213,7 @@ def _spans(query: Tensor, extras: Extras, options: Options, resources: Resources
 
 
 def forward(
+    engine: Kernel,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -237,17 +224,15 @@ def forward(
     """Dilated attention of (batch, seq, heads, head_dim) tensors -> out like query, lse (batch, heads, seq).
 
     ``key`` and ``value`` may have fewer heads than query. Takes its arguments as checked: ``dilated_attention`` is the
-    door.
+    door. ``engine`` attends the tiles.
 
     Raises:
         ValueError: cu_seqlens that do not fit, or "torchscale" with segments it cannot place.
     """
-    needs = Needs(extras.real is not None, options.dropout_p > 0)
-    engine = choose(options.kernel, query.device, query.dtype, query.shape[-1], needs)
     spans = list(_spans(query, extras, options, resources))
     if query.numel() == 0:
         return results_of_forward(query)
-    qkv = [_last_stride_1(tensor) for tensor in (query, key, value)]
+    qkv = [last_stride_1(tensor) for tensor in (query, key, value)]
     blocks = _head_blocks(query, key)
     dtype = accumulation_dtype(query.dtype)
     if len(spans) == len(blocks) == 1 and dtype == query.dtype:
@@ -324,9 +309,9 @@ def backward(
     """Gradients of query, key and value, given those of out and (or None) of lse, and the forward's results."""
     if query.numel() == 0:
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    by_query = [_last_stride_1(tensor) for tensor in (query, grad_out, out)]
+    by_query = [last_stride_1(tensor) for tensor in (query, grad_out, out)]
     by_query += [rows.transpose(1, 2) for rows in rows_for_backward(lse, grad_lse) if rows is not None]
-    by_key = [_last_stride_1(tensor) for tensor in (key, value)]
+    by_key = [last_stride_1(tensor) for tensor in (key, value)]
     spans, blocks = list(_spans(query, extras, options, resources)), _head_blocks(query, key)
     if len(spans) == len(blocks) == 1 and accumulation_dtype(query.dtype) == query.dtype:
         grad_query, grad_key, grad_value = _backward_block(spans[0][1], blocks[0], by_query, by_key, [], OF_QKV)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import re
 import statistics
 import sys
 import time
@@ -19,6 +20,10 @@ from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+
+# In one timed run, however short a call is: a clock may stand still between two readings.
+MOST_CALLS = 1000
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,12 @@ class Timing:
 
 
 def interleaved(
-    candidates: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int = 1, enough: float = math.inf
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    repeats: int,
+    warmup: int = 1,
+    enough: float = math.inf,
+    shortest: float = 0.0,
 ) -> dict[str, Timing]:
     """Time the candidates in turns: all once, then all again.
 
@@ -57,29 +67,34 @@ def interleaved(
         candidates: name -> what to run. CUDA work is waited for.
         repeats: timed rounds; warmup: rounds before them that are not counted.
         enough: seconds after which a candidate's timed runs are enough, and it sits out the remaining rounds.
+        shortest: seconds that a timed run should take. A quicker candidate is called several times in a row, and their
+            mean counts, so that waiting for the device and reading the clock weigh little beside the work.
 
     Returns:
-        name -> Timing.
+        name -> Timing, of one call each.
 
     Raises:
-        ValueError: repeats is below 1.
+        ValueError: repeats is below 1, or shortest below 0.
 
     >>> sorted(interleaved({"a": lambda: 1, "b": lambda: 2}, repeats=3))
     ['a', 'b']
     """
     if repeats < 1:
         raise ValueError(f"repeats: expected at least 1, got {repeats}")
-    seconds: dict[str, list[float]] = {name: [] for name in candidates}
-    for round_ in range(warmup + repeats):
+    if not 0 <= shortest < math.inf:
+        raise ValueError(f"shortest: expected a number of seconds, at least 0, got {shortest}")
+    for _ in range(warmup):
+        for run in candidates.values():
+            _timed(run, 1)
+    calls = dict.fromkeys(candidates, 1)
+    if shortest > 0:
         for name, run in candidates.items():
-            if sum(seconds[name]) >= enough:
-                continue
-            _wait()
-            start = time.perf_counter()
-            run()
-            _wait()
-            if round_ >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+            calls[name] = math.ceil(min(MOST_CALLS, max(1.0, shortest / _timed(run, 1))))
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(repeats):
+        for name, run in candidates.items():
+            if sum(seconds[name]) * calls[name] < enough:
+                seconds[name].append(_timed(run, calls[name]) / calls[name])
     return {name: Timing(tuple(taken)) for name, taken in seconds.items()}
 
 
@@ -127,8 +142,37 @@ def environment() -> dict[str, object]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "cuda_runtime": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
     }
+
+
+def results_folder(output: Path | str, device: torch.device | str) -> Path:
+    """Where a benchmark's figures of this device belong: ``output`` itself, or on CUDA a folder below it for each card.
+
+    Raises:
+        ValueError: a CUDA device that is not there.
+
+    >>> results_folder("docs/benchmarks", "cpu").as_posix()
+    'docs/benchmarks'
+    """
+    device = torch.device(device)
+    if device.type != "cuda":
+        return Path(output)
+    index, count = device.index or 0, torch.cuda.device_count()
+    if index >= count:
+        raise ValueError(f"device: expected one of {count} CUDA devices, got {device}")
+    return Path(output) / card_folder(torch.cuda.get_device_name(index))
+
+
+def card_folder(name: str) -> str:
+    """A card's name, as CUDA has it, for a folder.
+
+    >>> card_folder("NVIDIA H200"), card_folder("NVIDIA H100 80GB HBM3"), card_folder("NVIDIA A100-SXM4-80GB")
+    ('h200', 'h100-80gb-hbm3', 'a100-sxm4-80gb')
+    """
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower().removeprefix("nvidia ")).strip("-.")
 
 
 @contextmanager
@@ -154,6 +198,16 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor()
+
+
+def _timed(run: Callable[[], object], calls: int) -> float:
+    """Seconds of so many calls, from an idle device to an idle device."""
+    _wait()
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    _wait()
+    return time.perf_counter() - start
 
 
 def _wait() -> None:

@@ -1,6 +1,7 @@
 """How PyTorch calls the fused path: a custom operator where it traces, a plain autograd function where it runs.
 
-Both have the same forward and backward, from ``fused``. The operator is one opaque node under torch.compile, export and
+Both have the same forward and backward: from ``fused``, tile by tile, or where the kernel takes all tiles at once, from
+``one_launch``. The operator is one opaque node under torch.compile, export and
 fake tensors. The function has less overhead, works under torch.func's transforms, and takes what no operator can: an
 allocator and a store of plans.
 """
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.library import custom_op
 
-from dilated_core import fused
+from dilated_core import fused, one_launch
 from dilated_core.autograd import make_differentiable
 from dilated_core.fused import Extras, Options
-from dilated_core.resources import Resources
+from dilated_core.kernels import Kernel, Needs, choose
+from dilated_core.kernels.triton import Triton
+from dilated_core.resources import NO_RESOURCES, Resources
 
 PLAIN = (Tensor, nn.Parameter)
 
@@ -26,12 +29,43 @@ PLAIN = (Tensor, nn.Parameter)
 def fused_attention(
     query: Tensor, key: Tensor, value: Tensor, extras: Extras, options: Options, resources: Resources
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of ``fused.forward``, differentiable. ``resources`` step aside where PyTorch traces."""
+    """(out, lse), differentiable; see ``fused.forward``. ``resources`` step aside where PyTorch traces."""
     if torch.compiler.is_compiling() or type(query) not in PLAIN or query.is_meta:
         out, lse = _operator(query, key, value, *extras, *options)
     else:
         out, lse = _Function.apply(query, key, value, *extras, options, resources)  # type: ignore[no-untyped-call]
     return out, lse
+
+
+def _kernel(query: Tensor, extras: Extras, options: Options) -> Kernel:
+    needs = Needs(extras.real is not None, options.dropout_p > 0)
+    return choose(options.kernel, query.device, query.dtype, query.shape[-1], needs)
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, extras: Extras, options: Options, resources: Resources
+) -> tuple[Tensor, Tensor]:
+    kernel = _kernel(query, extras, options)
+    if isinstance(kernel, Triton):
+        return one_launch.forward(kernel, query, key, value, extras, options, resources)
+    return fused.forward(kernel, query, key, value, extras, options, resources)
+
+
+def _backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    extras: Extras,
+    options: Options,
+    resources: Resources,
+) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = (grad_out, grad_lse, query, key, value, out, lse, extras, options, resources)
+    kernel = _kernel(query, extras, options)
+    return one_launch.backward(kernel, *arguments) if isinstance(kernel, Triton) else fused.backward(*arguments)
 
 
 @custom_op("dilated_core::dilated_attention", mutates_args=())
@@ -51,7 +85,7 @@ def _operator(
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     options = Options(tuple(segment_lengths), tuple(dilation_rates), semantics, is_causal, scale, dropout_p, kernel)
-    return fused.forward(query, key, value, Extras(real, cu_seqlens, seed), options)
+    return _forward(query, key, value, Extras(real, cu_seqlens, seed), options, NO_RESOURCES)
 
 
 @_operator.register_fake
@@ -81,7 +115,7 @@ def _backward_operator(
 ) -> tuple[Tensor, Tensor, Tensor]:
     options = Options(tuple(segment_lengths), tuple(dilation_rates), semantics, is_causal, scale, dropout_p, kernel)
     extras = Extras(real, cu_seqlens, seed)
-    return fused.backward(grad_out, grad_lse, query, key, value, out, lse, extras, options)
+    return _backward(grad_out, grad_lse, query, key, value, out, lse, extras, options, NO_RESOURCES)
 
 
 @_backward_operator.register_fake
@@ -100,7 +134,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         *extras, options, resources = rest
-        return fused.forward(query, key, value, Extras(*extras), options, resources)
+        return _forward(query, key, value, Extras(*extras), options, resources)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -131,7 +165,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         query, key, value, *extras, options, resources = rest
-        return fused.backward(grad_out, grad_lse, query, key, value, out, lse, Extras(*extras), options, resources)
+        return _backward(grad_out, grad_lse, query, key, value, out, lse, Extras(*extras), options, resources)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

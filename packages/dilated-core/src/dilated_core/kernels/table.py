@@ -13,6 +13,7 @@ from dilated_core.kernels.cuda import CUDACuDNN, CUDAEfficient, CUDAFlash
 from dilated_core.kernels.math import Math
 from dilated_core.kernels.needs import NO_NEEDS, Needs
 from dilated_core.kernels.problem import Problem
+from dilated_core.kernels.triton import Triton
 
 
 class Kernel(Protocol):
@@ -44,7 +45,7 @@ class Kernel(Protocol):
 
 
 # In order of preference: the first that does not refuse is "auto". Flash before cuDNN until both have been measured.
-_TABLE: tuple[Kernel, ...] = (CPUMatmul(), CPUFlash(), CUDAFlash(), CUDACuDNN(), CUDAEfficient(), Math())
+_TABLE: tuple[Kernel, ...] = (CPUMatmul(), CPUFlash(), CUDAFlash(), CUDACuDNN(), CUDAEfficient(), Triton(), Math())
 
 
 def table() -> tuple[Kernel, ...]:

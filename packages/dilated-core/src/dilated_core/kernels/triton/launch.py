@@ -1,0 +1,233 @@
+"""From tensors to launches: grids, strides, block sizes. Imports torch, and Triton's programs when first called."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dilated_core.kernels.triton.blocks import INTERPRETED, Blocks, Pass, choose_blocks
+from dilated_core.kernels.triton.schedule import Tables, make_tiles
+
+
+class Work(NamedTuple):
+    """What the programs are to attend.
+
+    Attributes:
+        query: (batch, rows, heads, head_dim), last stride 1, not empty.
+        key, value: (batch, others, kv_heads, head_dim), the same.
+        real: (batch, kv_heads, others), bool, True where a key is attended; None for all.
+        tables: the pattern, on their device.
+        bounds: (start, stop) of packed sequences; None for one.
+        is_causal: whether a row sees only keys at or before it.
+        scale: factor on the scores, above 0.
+        torchscale: whether a row also meets the zero keys of torchscale's padding (not causal), and the branches'
+            mixing weights take no gradient.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    real: Tensor | None
+    tables: Tables
+    is_causal: bool
+    scale: float
+    bounds: tuple[tuple[int, int], ...] | None = None
+    torchscale: bool = False
+
+    @property
+    def zero_keys(self) -> bool:
+        """Whether torchscale's padding is met."""
+        return self.torchscale and not self.is_causal
+
+
+def programs() -> ModuleType:
+    """The programs' module, which imports Triton."""
+    from dilated_core.kernels.triton import programs as module
+
+    return module
+
+
+def interpreted() -> bool:
+    """Whether the programs run in Triton's interpreter, on the CPU."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return isinstance(programs().forward, InterpretedFunction)
+
+
+def forward(work: Work, out: Tensor, lse: Tensor) -> None:
+    """Write out, like query, and lse, (batch, heads, rows) float32."""
+    _forward(work, out.unsqueeze(0), lse.unsqueeze(0))
+
+
+def forward_in_splits(work: Work, outs: Tensor, lses: Tensor) -> None:
+    """The same for shares of the keys: outs (splits, batch, rows, heads, head_dim), lses (splits, batch, heads, rows)."""
+    _forward(work, outs, lses)
+
+
+def _forward(work: Work, outs: Tensor, lses: Tensor) -> None:
+    query, splits = work.query, outs.shape[0]
+    blocks = _blocks("forward", query)
+    _, rows, heads, _ = query.shape
+    num_tiles, tiles = _tiles(work, rows, blocks)
+    with _on_device(query):
+        programs().forward[(num_tiles * heads * query.shape[0] * splits,)](
+            query, work.key, work.value, _or(work.real, lses), outs, lses, *_tables(work, tiles),
+            *_strides(query, work.key, work.value), _mask_strides(work.real), _strides(outs[0])[0], lses.stride()[1:],
+            outs.stride(0), lses.stride(0),
+            rows, work.key.shape[1], num_tiles, *_counts(work), splits, work.scale,
+            **_options(work, tiles, blocks), ZERO_KEYS=work.zero_keys,
+        )  # fmt: skip
+
+
+def useful_splits(work: Work, processors: int, fewest_blocks: int) -> int:
+    """Into how many shares to cut the keys, so that few rows with many keys keep all processors busy."""
+    blocks = _blocks("forward", work.query)
+    batch_size, rows, heads, _ = work.query.shape
+    programs_without = -(-rows // blocks.rows) * heads * batch_size
+    shares_of_keys = work.key.shape[1] // (fewest_blocks * blocks.others)
+    return max(1, min(2 * processors // programs_without, shares_of_keys))
+
+
+def backward(
+    work: Work, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, grads: tuple[Tensor, ...]
+) -> None:
+    """Write the gradients of query, key and value.
+
+    Args:
+        grad_out, out: like query; grad_lse, lse: (batch, heads, rows), lse -inf or +inf in a row with no key.
+        grads: places like query, key and value, of any dtype. Where heads share keys, those of key and value are
+            float32: they are summed there, one launch a head of each group.
+    """
+    delta = _row_sums(work, grad_out, grad_lse, out, lse)
+    delta_branch = delta.stride(0) if work.torchscale else 0
+    grad_query, grad_key, grad_value = grads
+    shared = (
+        work.query, work.key, work.value, _or(work.real, lse), grad_out, lse, delta,
+    )  # fmt: skip
+    strides = (
+        *_strides(work.query, work.key, work.value), _mask_strides(work.real), *_strides(grad_out), lse.stride(),
+        delta.stride()[-3:],
+    )  # fmt: skip
+    batch_size, rows, heads, _ = work.query.shape
+    _, others, kv_heads, _ = work.key.shape
+    with _on_device(work.query):
+        blocks = _blocks("grad_query", work.query)
+        num_tiles, tiles = _tiles(work, rows, blocks)
+        programs().grad_query[(num_tiles * heads * batch_size,)](
+            *shared, grad_query, *_tables(work, tiles), *strides, *_strides(grad_query), delta_branch,
+            rows, others, num_tiles, *_counts(work), work.scale,
+            **_options(work, tiles, blocks), OWN_SUMS=work.torchscale,
+        )  # fmt: skip
+        blocks = _blocks("grad_key_value", work.query)
+        num_tiles, tiles = _tiles(work, others, blocks)
+        for member in range(heads // kv_heads):
+            programs().grad_key_value[(num_tiles * kv_heads * batch_size,)](
+                *shared, grad_key, grad_value, *_tables(work, tiles), *strides, *_strides(grad_key, grad_value),
+                delta_branch, others, rows, num_tiles, *_counts(work), member, work.scale,
+                **_options(work, tiles, blocks), ADD=member > 0,
+            )  # fmt: skip
+
+
+def _row_sums(work: Work, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
+    """rowsum(grad_out * out) - grad_lse, (batch, heads, rows), float32.
+
+    For torchscale, (branches, batch, heads, rows), and what grad_lse brings alone: the rest is found a branch at a time.
+    """
+    if work.torchscale:
+        branches = work.tables.branches.shape[0]
+        if grad_lse is None:
+            return torch.zeros(branches, *lse.shape, dtype=torch.float32, device=lse.device)
+        return -grad_lse.masked_fill(lse.isinf(), 0.0).float().expand(branches, *lse.shape).contiguous()
+    batch_size, rows, heads, head_dim = out.shape
+    delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
+    block = INTERPRETED.rows if interpreted() else 64
+    num_tiles = -(-rows // block)
+    grad = _or(grad_lse, lse)
+    with _on_device(out):
+        programs().row_sums[(num_tiles * heads * batch_size,)](
+            out, grad_out, lse, grad, delta, *_strides(out, grad_out), lse.stride(), grad.stride(), delta.stride(),
+            rows, num_tiles, batch_size, heads,
+            HEAD_DIM=head_dim, BLOCK_DIM=_block_dim(head_dim), BLOCK_ROWS=block, HAS_GRAD_LSE=grad_lse is not None,
+        )  # fmt: skip
+    return delta
+
+
+# ------------------------------------------------------------------------------------------------ arguments
+
+
+def _blocks(which: Pass, query: Tensor) -> Blocks:
+    if interpreted():
+        return INTERPRETED
+    capability = torch.cuda.get_device_capability(query.device)
+    return choose_blocks(which, capability, query.shape[-1], query.dtype)
+
+
+def _tiles(work: Work, rows: int, blocks: Blocks) -> tuple[int, Tensor | None]:
+    """How many tiles, and for packed sequences their table."""
+    if work.bounds is None:
+        return -(-rows // blocks.rows), None
+    tiles = make_tiles(work.bounds, blocks.rows, work.query.device)
+    return tiles.shape[0], tiles
+
+
+def _tables(work: Work, tiles: Tensor | None) -> tuple[Tensor, ...]:
+    """order, head_class, tiles, branches and phases; what is not there is not read either."""
+    branches, phases, order, head_class = work.tables
+    return _or(order, branches), _or(head_class, branches), _or(tiles, branches), branches, phases
+
+
+def _counts(work: Work) -> tuple[int, int, int, int]:
+    """Branches, batch rows, query heads, and query heads to a key head."""
+    batch_size, _, heads, _ = work.query.shape
+    return work.tables.branches.shape[0], batch_size, heads, heads // work.key.shape[2]
+
+
+def _options(work: Work, tiles: Tensor | None, blocks: Blocks) -> dict[str, Any]:
+    """What the programs are compiled for."""
+    head_dim, dtype, interpreting = work.query.shape[-1], work.query.dtype, interpreted()
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_DIM": _block_dim(head_dim),
+        "BLOCK_ROWS": blocks.rows,
+        "BLOCK_OTHERS": blocks.others,
+        "IS_CAUSAL": work.is_causal,
+        "HAS_MASK": work.real is not None,
+        "ORDERED": work.tables.order is not None,
+        "PACKED": tiles is not None,
+        "PRECISION": float32_precision() if dtype == torch.float32 else "ieee",
+        "UPCAST": interpreting and dtype == torch.bfloat16,
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+    }
+
+
+def float32_precision() -> str:
+    """"tf32" where torch's own switch for float32 matrix products says so, else "ieee"."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def _block_dim(head_dim: int) -> int:
+    """The power of two that holds a row; at least what a matrix product takes."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:
+    """Of batch, row and head."""
+    return [tensor.stride()[:3] for tensor in tensors]
+
+
+def _mask_strides(real: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if real is None else real.stride()
+
+
+def _or(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
+    """A tensor to pass; the stand-in is not read."""
+    return stand_in if tensor is None else tensor
+
+
+def _on_device(tensor: Tensor) -> torch.cuda.device:
+    """Triton launches on the current device; -1 leaves that as it is, for the CPU."""
+    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)

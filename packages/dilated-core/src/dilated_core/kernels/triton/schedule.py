@@ -1,0 +1,107 @@
+"""In which order the rows of a head are cut into tiles, so that rows of one tile meet the same keys. Imports torch.
+
+The programs are right for any order; this one makes them fast. Within each of the shortest segments, rows that lie on
+the grids of the same branches come together, those of the smallest rate first. A tile then needs few masks, and wastes
+work only where it holds the end of one such group and the start of the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Branches that the order looks at: their bits and a position share an int64.
+SORTED_BRANCHES = 31
+INT32_MAX = 2**31 - 1
+
+
+class Branches(NamedTuple):
+    """A pattern and its heads, as numbers: what the programs are told of them.
+
+    Attributes:
+        pairs: (segment length, rate) of each branch.
+        phases: for each branch, where in a segment each head's grid starts; -1 for a head that is not in it.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    phases: tuple[tuple[int, ...], ...]
+
+    def head_classes(self) -> tuple[list[int], list[int]]:
+        """Heads of equal phases share a class: the first head of every class, and the class of every head."""
+        classes: dict[tuple[int, ...], int] = {}
+        first: list[int] = []
+        of_head = []
+        for head, phases in enumerate(zip(*self.phases, strict=True)):
+            if phases not in classes:
+                classes[phases] = len(first)
+                first.append(head)
+            of_head.append(classes[phases])
+        return first, of_head
+
+
+ONE_TILE = Branches(((INT32_MAX, 1),), ((0,),))
+"""Every row meets every other: what one tile of a plan is, as a pattern of one branch and one head."""
+
+
+class Tables(NamedTuple):
+    """The same on a device, int32, and the order of the rows.
+
+    Attributes:
+        branches: (branches, 2), segment lengths and rates.
+        phases: (branches, heads).
+        order: (classes, rows), positions, each sequence by itself; None for as they come.
+        head_class: (heads,), the row of ``order`` that a head takes; None without.
+    """
+
+    branches: Tensor
+    phases: Tensor
+    order: Tensor | None = None
+    head_class: Tensor | None = None
+
+
+def make_tables(branches: Branches, bounds: Sequence[tuple[int, int]], device: torch.device) -> Tables:
+    """The tables of an attention over sequences that lie one after the other.
+
+    Args:
+        bounds: (start, stop) of every sequence; the first starts at 0.
+    """
+    pairs = [[min(length, INT32_MAX), rate] for length, rate in branches.pairs]
+    tables = Tables(
+        torch.tensor(pairs, dtype=torch.int32, device=device),
+        torch.tensor(branches.phases, dtype=torch.int32, device=device),
+    )
+    if all(rate == 1 for _, rate in branches.pairs):
+        return tables
+    first, of_head = branches.head_classes()
+    order = row_order(tables.branches, tables.phases[:, first], bounds)
+    return tables._replace(order=order, head_class=torch.tensor(of_head, dtype=torch.int32, device=device))
+
+
+def row_order(branches: Tensor, phases: Tensor, bounds: Sequence[tuple[int, int]]) -> Tensor:
+    """Rows by shortest segment, then by the branches they lie on, then by position: (classes, rows), int32.
+
+    Args:
+        branches: (branches, 2), segment lengths and rates; phases: (branches, classes).
+
+    >>> branches, phases = torch.tensor([[4, 1], [8, 2]]), torch.tensor([[0], [0]])
+    >>> row_order(branches, phases, [(0, 8)]).tolist()  # of each four, the odd rows first: they lie on one branch only
+    [[1, 3, 0, 2, 5, 7, 4, 6]]
+    """
+    starts, stops = torch.tensor(bounds, dtype=torch.int64, device=branches.device).unbind(1)
+    rows = int(bounds[-1][1])
+    start = torch.repeat_interleave(starts, stops - starts, output_size=rows)
+    local = torch.arange(rows, device=branches.device) - start
+    by_rate = branches[:, 1].argsort(stable=True)[:SORTED_BRANCHES]
+    key = (start + local - local % branches[:, 0].min()).expand(phases.shape[1], rows)
+    for (length, rate), phase in zip(branches[by_rate].unbind(), phases[by_rate].unbind(), strict=True):
+        key = 2 * key + (local % length % rate == phase.unsqueeze(1))
+    return key.argsort(dim=1, stable=True).int()
+
+
+def make_tiles(bounds: Sequence[tuple[int, int]], block: int, device: torch.device) -> Tensor:
+    """(tiles, 3), int32: where each tile's rows begin, and where their sequence starts and stops."""
+    tiles = [[begin, start, stop] for start, stop in bounds for begin in range(start, stop, block)]
+    return torch.tensor(tiles, dtype=torch.int32, device=device)
