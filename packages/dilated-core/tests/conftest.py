@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import hypothesis
 import pytest
 import torch
+
+# Without a card, Triton's programs are interpreted. It is decided when they are imported, so before any test.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+# Some matrix products on a card are deterministic only with this, which is read when the first of them starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # No deadlines: a first call warms caches. Derandomised, so that a red run is red again.
 hypothesis.settings.register_profile("dilated", deadline=None, derandomize=True, print_blob=True)

@@ -5,6 +5,8 @@ The fused path without its loop over tiles; the rules of the three semantics sti
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -72,13 +74,15 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, extras: Extras, option
         for start, stop in bounds:
             for branch, (length, rate) in enumerate(zip(lengths, rates, strict=True)):
                 check_torchscale(branch, min(length, stop - start), rate, stop - start)
-    phases = tuple(
-        tuple(-1 if phase is None else phase for phase in head_phases(semantics, branch, len(rates), rate, heads))
-        for branch, rate in enumerate(rates)
-    )
-    branches = Branches(tuple(zip(lengths, rates, strict=True)), phases)
+    branches = _branches(lengths, rates, semantics, heads)
     query, key, value = (last_stride_1(tensor) for tensor in (query, key, value))
     return Attention(
         query, key, value, extras.real, branches, tuple(bounds), is_causal, scale, semantics == "torchscale"
     )
 
+
+@lru_cache(maxsize=64)
+def _branches(lengths: tuple[int, ...], rates: tuple[int, ...], semantics: str, heads: int) -> Branches:
+    phases = (head_phases(semantics, branch, len(rates), rate, heads) for branch, rate in enumerate(rates))
+    numbers = tuple(tuple(-1 if phase is None else phase for phase in of_heads) for of_heads in phases)
+    return Branches(tuple(zip(lengths, rates, strict=True)), numbers)

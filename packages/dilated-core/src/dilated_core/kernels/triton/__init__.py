@@ -4,7 +4,7 @@ kernel.py    what the kernel table and the fused path call
 schedule.py  the order of the rows, and the pattern as numbers
 blocks.py    how many rows at a time
 launch.py    from tensors to launches
-programs.py  the programs themselves; the one file that imports Triton
+programs/    the programs themselves; the one folder that imports Triton
 """
 
 from dilated_core.kernels.triton.kernel import Triton

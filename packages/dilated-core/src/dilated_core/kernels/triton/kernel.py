@@ -71,7 +71,9 @@ class Triton:
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs) -> str | None:
         """Why it cannot run here: device, dtype, head_dim, compute capability, or no Triton."""
         if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-            return f"it runs on CUDA (on the CPU in Triton's interpreter, with TRITON_INTERPRET=1), not on {device.type}"
+            return (
+                f"it runs on CUDA (on the CPU in Triton's interpreter, with TRITON_INTERPRET=1), not on {device.type}"
+            )
         if device.type == "cuda" and not torch.cuda.is_available():
             return "CUDA is not available here"
         if dtype == torch.float64:
@@ -155,7 +157,7 @@ def _processors(device: torch.device) -> int:
 
 
 def _tile_work(problem: Problem) -> Work:
-    """A tile as an attention of one branch that holds all rows. Made of device operations only, so it can be captured."""
+    """A tile as an attention of one branch that holds all rows. Made by device operations alone: they are captured."""
     query, key, value = (tensor.transpose(1, 2) for tensor in problem[:3])
     device, heads = query.device, query.shape[2]
     branches = torch.ones(1, 2, dtype=torch.int32, device=device)
@@ -177,20 +179,26 @@ def _whole_work(attention: Attention, store: Store | None) -> Work:
 def _tables(
     branches: Branches, bounds: tuple[tuple[int, int], ...], device: torch.device, store: Store | None
 ) -> Tables:
-    """Tables from the store, or else of the latest few calls. Those of another stream may not be ready on this one."""
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():  # what is made here is nothing before the graph runs
-            return make_tables(branches, bounds, device)
-        stream = torch.cuda.current_stream(device).cuda_stream
+    """Tables from the store, or else those of the latest few calls."""
     if store is None:
-        return _recent_tables(branches, bounds, device, stream)
-    key = ("dilated_core.triton", branches, bounds, device, stream)
-    return store.get_or_create(key, lambda: make_tables(branches, bounds, device))
+        tables = _recent_tables(branches, bounds, device)
+    else:
+        key = ("dilated_core.triton", branches, bounds, device)
+        tables = store.get_or_create(key, lambda: make_tables(branches, bounds, device))
+    if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
+        if stream.cuda_stream != tables.stream:  # should they be evicted, their memory waits for this stream too
+            for table in tables.tensors():
+                table.record_stream(stream)
+        if torch.cuda.is_current_stream_capturing():
+            _CAPTURED[branches, bounds, device] = tables
+    return tables
 
 
 @lru_cache(maxsize=8)
-def _recent_tables(
-    branches: Branches, bounds: tuple[tuple[int, int], ...], device: torch.device, stream: int
-) -> Tables:
+def _recent_tables(branches: Branches, bounds: tuple[tuple[int, int], ...], device: torch.device) -> Tables:
     return make_tables(branches, bounds, device)
+
+
+# What captured graphs read at every replay, until nobody knows when. Never more than one for each size and pattern.
+_CAPTURED: dict[Hashable, Tables] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -50,11 +51,12 @@ def programs() -> ModuleType:
     return module
 
 
+@cache
 def interpreted() -> bool:
     """Whether the programs run in Triton's interpreter, on the CPU."""
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime import JITFunction
 
-    return isinstance(programs().forward, InterpretedFunction)
+    return not isinstance(programs().forward, JITFunction)
 
 
 def forward(work: Work, out: Tensor, lse: Tensor) -> None:
@@ -63,7 +65,7 @@ def forward(work: Work, out: Tensor, lse: Tensor) -> None:
 
 
 def forward_in_splits(work: Work, outs: Tensor, lses: Tensor) -> None:
-    """The same for shares of the keys: outs (splits, batch, rows, heads, head_dim), lses (splits, batch, heads, rows)."""
+    """The same for shares of the keys: (splits, batch, rows, heads, head_dim) and (splits, batch, heads, rows)."""
     _forward(work, outs, lses)
 
 
@@ -123,18 +125,18 @@ def backward(
         )  # fmt: skip
         blocks = _blocks("grad_key_value", work.query)
         num_tiles, tiles = _tiles(work, others, blocks)
-        for member in range(heads // kv_heads):
+        for shift in range(heads // kv_heads):
             programs().grad_key_value[(num_tiles * kv_heads * batch_size,)](
                 *shared, grad_key, grad_value, *_tables(work, tiles), *strides, *_strides(grad_key, grad_value),
-                delta_branch, others, rows, num_tiles, *_counts(work), member, work.scale,
-                **_options(work, tiles, blocks), ADD=member > 0,
+                delta_branch, others, rows, num_tiles, *_counts(work), shift, work.scale,
+                **_options(work, tiles, blocks), ADD=shift > 0,
             )  # fmt: skip
 
 
 def _row_sums(work: Work, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
     """rowsum(grad_out * out) - grad_lse, (batch, heads, rows), float32.
 
-    For torchscale, (branches, batch, heads, rows), and what grad_lse brings alone: the rest is found a branch at a time.
+    For torchscale, (branches, batch, heads, rows), with what grad_lse brings alone: the rest differs by branch.
     """
     if work.torchscale:
         branches = work.tables.branches.shape[0]
@@ -175,7 +177,7 @@ def _tiles(work: Work, rows: int, blocks: Blocks) -> tuple[int, Tensor | None]:
 
 def _tables(work: Work, tiles: Tensor | None) -> tuple[Tensor, ...]:
     """order, head_class, tiles, branches and phases; what is not there is not read either."""
-    branches, phases, order, head_class = work.tables
+    branches, phases, order, head_class, _ = work.tables
     return _or(order, branches), _or(head_class, branches), _or(tiles, branches), branches, phases
 
 
@@ -205,7 +207,7 @@ def _options(work: Work, tiles: Tensor | None, blocks: Blocks) -> dict[str, Any]
 
 
 def float32_precision() -> str:
-    """"tf32" where torch's own switch for float32 matrix products says so, else "ieee"."""
+    """'tf32' where torch's own switch for float32 matrix products says so, else 'ieee'."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 

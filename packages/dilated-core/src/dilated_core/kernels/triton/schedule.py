@@ -42,10 +42,6 @@ class Branches(NamedTuple):
         return first, of_head
 
 
-ONE_TILE = Branches(((INT32_MAX, 1),), ((0,),))
-"""Every row meets every other: what one tile of a plan is, as a pattern of one branch and one head."""
-
-
 class Tables(NamedTuple):
     """The same on a device, int32, and the order of the rows.
 
@@ -54,30 +50,49 @@ class Tables(NamedTuple):
         phases: (branches, heads).
         order: (classes, rows), positions, each sequence by itself; None for as they come.
         head_class: (heads,), the row of ``order`` that a head takes; None without.
+        stream: the CUDA stream they were made on, 0 for the default one and on the CPU.
     """
 
     branches: Tensor
     phases: Tensor
     order: Tensor | None = None
     head_class: Tensor | None = None
+    stream: int = 0
+
+    def tensors(self) -> list[Tensor]:
+        """Those there are."""
+        return [table for table in self[:4] if table is not None]
 
 
 def make_tables(branches: Branches, bounds: Sequence[tuple[int, int]], device: torch.device) -> Tables:
-    """The tables of an attention over sequences that lie one after the other.
+    """The tables of an attention over sequences that lie one after the other. On CUDA, waits until they are there.
 
     Args:
         bounds: (start, stop) of every sequence; the first starts at 0.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured, into which no tables can be copied.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "dilated_attention: a CUDA graph can be captured only after a call of the same sizes, which prepares what "
+            'kernel="triton" reads; call it once before the capture'
+        )
     pairs = [[min(length, INT32_MAX), rate] for length, rate in branches.pairs]
     tables = Tables(
         torch.tensor(pairs, dtype=torch.int32, device=device),
         torch.tensor(branches.phases, dtype=torch.int32, device=device),
     )
-    if all(rate == 1 for _, rate in branches.pairs):
-        return tables
-    first, of_head = branches.head_classes()
-    order = row_order(tables.branches, tables.phases[:, first], bounds)
-    return tables._replace(order=order, head_class=torch.tensor(of_head, dtype=torch.int32, device=device))
+    if any(rate > 1 for _, rate in branches.pairs):
+        first, of_head = branches.head_classes()
+        order = row_order(tables.branches, tables.phases[:, first], bounds)
+        head_class = torch.tensor(of_head, dtype=torch.int32, device=device)
+        tables = tables._replace(order=order, head_class=head_class)
+    if device.type == "cuda":  # so that they can be read on any stream from now on
+        stream = torch.cuda.current_stream(device)
+        stream.synchronize()
+        tables = tables._replace(stream=stream.cuda_stream)
+    return tables
 
 
 def row_order(branches: Tensor, phases: Tensor, bounds: Sequence[tuple[int, int]]) -> Tensor:
