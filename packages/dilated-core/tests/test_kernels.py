@@ -37,6 +37,8 @@ def test_cpu_kernels_agree_with_float64(dtype: torch.dtype, is_causal: bool, mas
     *qkv, grad = (tensor.transpose(1, 2) for tensor in torch.randn(4, 2, 130, 3, 16, dtype=torch.float64).to(dtype))
     real = _some_keys(2, 3, 130) if masked else None
     for kernel in kernels.table():
+        if kernel.name == "triton":  # interpreted here, seconds for such a tile: test_triton has smaller ones
+            continue
         if kernels.survey(CPU, dtype, 16)[kernel.name] is None:
             _compare(kernel, Problem(*qkv, is_causal, 0.25, real), grad)
 
@@ -142,7 +144,17 @@ def test_auto_prefers_flash_and_falls_back() -> None:
 
 def test_survey_gives_a_reason_for_each_refusal() -> None:
     survey = kernels.survey(CPU, torch.float32, 64)
-    assert list(survey) == ["cpu_matmul", "cpu_flash", "cuda_flash", "cuda_cudnn", "cuda_efficient", "math"]
+    assert list(survey) == [
+        "cpu_matmul",
+        "cpu_flash",
+        "cuda_flash",
+        "cuda_cudnn",
+        "cuda_efficient",
+        "triton",
+        "cuda_flash3",
+        "cuda_flash4",
+        "math",
+    ]
     assert survey["cpu_flash"] is None
     assert survey["math"] is None
     assert survey["cuda_flash"] == "it runs on CUDA, not on cpu"

@@ -21,7 +21,6 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-
 # In one timed run, however short a call is: a clock may stand still between two readings.
 MOST_CALLS = 1000
 

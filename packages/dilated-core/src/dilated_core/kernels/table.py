@@ -10,6 +10,8 @@ from torch import Tensor
 from dilated_core.kernels.cpu_flash import CPUFlash
 from dilated_core.kernels.cpu_matmul import CPUMatmul
 from dilated_core.kernels.cuda import CUDACuDNN, CUDAEfficient, CUDAFlash
+from dilated_core.kernels.flash_attention_3 import CUDAFlash3
+from dilated_core.kernels.flash_attention_4 import CUDAFlash4
 from dilated_core.kernels.math import Math
 from dilated_core.kernels.needs import NO_NEEDS, Needs
 from dilated_core.kernels.problem import Problem
@@ -45,7 +47,19 @@ class Kernel(Protocol):
 
 
 # In order of preference: the first that does not refuse is "auto". Flash before cuDNN until both have been measured.
-_TABLE: tuple[Kernel, ...] = (CPUMatmul(), CPUFlash(), CUDAFlash(), CUDACuDNN(), CUDAEfficient(), Triton(), Math())
+# Triton and the flash packages recommend themselves to nobody until a card has measured them. So they stand after
+# PyTorch's own kernels, as if "auto" asked them too, and before the kernel that refuses nothing.
+_TABLE: tuple[Kernel, ...] = (
+    CPUMatmul(),
+    CPUFlash(),
+    CUDAFlash(),
+    CUDACuDNN(),
+    CUDAEfficient(),
+    Triton(),
+    CUDAFlash3(),
+    CUDAFlash4(),
+    Math(),
+)
 
 
 def table() -> tuple[Kernel, ...]:

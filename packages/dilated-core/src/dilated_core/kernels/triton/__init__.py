@@ -4,6 +4,7 @@ kernel.py    what the kernel table and the fused path call
 schedule.py  the order of the rows, and the pattern as numbers
 blocks.py    how many rows at a time
 launch.py    from tensors to launches
+tuning.py    the search for block sizes on the card at hand
 programs/    the programs themselves; the one folder that imports Triton
 """
 

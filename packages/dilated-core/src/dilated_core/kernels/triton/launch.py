@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dilated_core.kernels.triton.blocks import INTERPRETED, Blocks, Pass, choose_blocks
+from dilated_core.kernels.triton.blocks import INTERPRETED, Blocks, Pass, block_dim, choose_blocks, tuned_blocks
 from dilated_core.kernels.triton.schedule import Tables, make_tiles
 
 
@@ -26,6 +27,7 @@ class Work(NamedTuple):
         scale: factor on the scores, above 0.
         torchscale: whether a row also meets the zero keys of torchscale's padding (not causal), and the branches'
             mixing weights take no gradient.
+        blocks: to take instead of the usual ones, by pass; for tuning.
     """
 
     query: Tensor
@@ -37,6 +39,7 @@ class Work(NamedTuple):
     scale: float
     bounds: tuple[tuple[int, int], ...] | None = None
     torchscale: bool = False
+    blocks: Mapping[Pass, Blocks] | None = None
 
     @property
     def zero_keys(self) -> bool:
@@ -71,7 +74,7 @@ def forward_in_splits(work: Work, outs: Tensor, lses: Tensor) -> None:
 
 def _forward(work: Work, outs: Tensor, lses: Tensor) -> None:
     query, splits = work.query, outs.shape[0]
-    blocks = _blocks("forward", query)
+    blocks = _blocks("forward", work)
     _, rows, heads, _ = query.shape
     num_tiles, tiles = _tiles(work, rows, blocks)
     with _on_device(query):
@@ -86,11 +89,25 @@ def _forward(work: Work, outs: Tensor, lses: Tensor) -> None:
 
 def useful_splits(work: Work, processors: int, fewest_blocks: int) -> int:
     """Into how many shares to cut the keys, so that few rows with many keys keep all processors busy."""
-    blocks = _blocks("forward", work.query)
+    blocks = _blocks("forward", work)
     batch_size, rows, heads, _ = work.query.shape
     programs_without = -(-rows // blocks.rows) * heads * batch_size
     shares_of_keys = work.key.shape[1] // (fewest_blocks * blocks.others)
     return max(1, min(2 * processors // programs_without, shares_of_keys))
+
+
+class Cotangents(NamedTuple):
+    """What the backward programs read beside the inputs: see ``row_sums``.
+
+    Attributes:
+        grad_out: like query, last stride 1.
+        lse: (batch, heads, rows), -inf or +inf in a row with no key.
+        delta: (batch, heads, rows), float32; for torchscale with a first dimension of branches.
+    """
+
+    grad_out: Tensor
+    lse: Tensor
+    delta: Tensor
 
 
 def backward(
@@ -103,37 +120,41 @@ def backward(
         grads: places like query, key and value, of any dtype. Where heads share keys, those of key and value are
             float32: they are summed there, one launch a head of each group.
     """
-    delta = _row_sums(work, grad_out, grad_lse, out, lse)
-    delta_branch = delta.stride(0) if work.torchscale else 0
-    grad_query, grad_key, grad_value = grads
-    shared = (
-        work.query, work.key, work.value, _or(work.real, lse), grad_out, lse, delta,
-    )  # fmt: skip
-    strides = (
-        *_strides(work.query, work.key, work.value), _mask_strides(work.real), *_strides(grad_out), lse.stride(),
-        delta.stride()[-3:],
-    )  # fmt: skip
+    cotangents = Cotangents(grad_out, lse, row_sums(work, grad_out, grad_lse, out, lse))
+    grad_query(work, cotangents, grads[0])  # first: for torchscale it completes the row sums
+    grad_key_value(work, cotangents, grads[1], grads[2])
+
+
+def grad_query(work: Work, cotangents: Cotangents, grad: Tensor) -> None:
+    """Write the gradient of query."""
+    blocks = _blocks("grad_query", work)
     batch_size, rows, heads, _ = work.query.shape
-    _, others, kv_heads, _ = work.key.shape
+    num_tiles, tiles = _tiles(work, rows, blocks)
     with _on_device(work.query):
-        blocks = _blocks("grad_query", work.query)
-        num_tiles, tiles = _tiles(work, rows, blocks)
         programs().grad_query[(num_tiles * heads * batch_size,)](
-            *shared, grad_query, *_tables(work, tiles), *strides, *_strides(grad_query), delta_branch,
-            rows, others, num_tiles, *_counts(work), work.scale,
+            *_inputs(work, cotangents), grad, *_tables(work, tiles),
+            *_input_strides(work, cotangents), *_strides(grad), _delta_branch(work, cotangents),
+            rows, work.key.shape[1], num_tiles, *_counts(work), work.scale,
             **_options(work, tiles, blocks), OWN_SUMS=work.torchscale,
         )  # fmt: skip
-        blocks = _blocks("grad_key_value", work.query)
-        num_tiles, tiles = _tiles(work, others, blocks)
-        for shift in range(heads // kv_heads):
+
+
+def grad_key_value(work: Work, cotangents: Cotangents, grad_key: Tensor, grad_value: Tensor) -> None:
+    """Write the gradients of key and value."""
+    blocks = _blocks("grad_key_value", work)
+    batch_size, others, kv_heads, _ = work.key.shape
+    num_tiles, tiles = _tiles(work, others, blocks)
+    with _on_device(work.query):
+        for shift in range(work.query.shape[2] // kv_heads):
             programs().grad_key_value[(num_tiles * kv_heads * batch_size,)](
-                *shared, grad_key, grad_value, *_tables(work, tiles), *strides, *_strides(grad_key, grad_value),
-                delta_branch, others, rows, num_tiles, *_counts(work), shift, work.scale,
+                *_inputs(work, cotangents), grad_key, grad_value, *_tables(work, tiles),
+                *_input_strides(work, cotangents), *_strides(grad_key, grad_value), _delta_branch(work, cotangents),
+                others, work.query.shape[1], num_tiles, *_counts(work), shift, work.scale,
                 **_options(work, tiles, blocks), ADD=shift > 0,
             )  # fmt: skip
 
 
-def _row_sums(work: Work, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
+def row_sums(work: Work, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
     """rowsum(grad_out * out) - grad_lse, (batch, heads, rows), float32.
 
     For torchscale, (branches, batch, heads, rows), with what grad_lse brings alone: the rest differs by branch.
@@ -152,7 +173,7 @@ def _row_sums(work: Work, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor
         programs().row_sums[(num_tiles * heads * batch_size,)](
             out, grad_out, lse, grad, delta, *_strides(out, grad_out), lse.stride(), grad.stride(), delta.stride(),
             rows, num_tiles, batch_size, heads,
-            HEAD_DIM=head_dim, BLOCK_DIM=_block_dim(head_dim), BLOCK_ROWS=block, HAS_GRAD_LSE=grad_lse is not None,
+            HEAD_DIM=head_dim, BLOCK_DIM=block_dim(head_dim), BLOCK_ROWS=block, HAS_GRAD_LSE=grad_lse is not None,
         )  # fmt: skip
     return delta
 
@@ -160,11 +181,30 @@ def _row_sums(work: Work, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor
 # ------------------------------------------------------------------------------------------------ arguments
 
 
-def _blocks(which: Pass, query: Tensor) -> Blocks:
+def _inputs(work: Work, cotangents: Cotangents) -> tuple[Tensor, ...]:
+    grad_out, lse, delta = cotangents
+    return work.query, work.key, work.value, _or(work.real, lse), grad_out, lse, delta
+
+
+def _input_strides(work: Work, cotangents: Cotangents) -> tuple[tuple[int, ...], ...]:
+    grad_out, lse, delta = cotangents
+    of_qkv = _strides(work.query, work.key, work.value)
+    return (*of_qkv, _mask_strides(work.real), *_strides(grad_out), lse.stride(), delta.stride()[-3:])
+
+
+def _delta_branch(work: Work, cotangents: Cotangents) -> int:
+    """Elements from the row sums of one branch to the next."""
+    return cotangents.delta.stride(0) if work.torchscale else 0
+
+
+def _blocks(which: Pass, work: Work) -> Blocks:
+    if work.blocks is not None:
+        return work.blocks[which]
     if interpreted():
         return INTERPRETED
-    capability = torch.cuda.get_device_capability(query.device)
-    return choose_blocks(which, capability, query.shape[-1], query.dtype)
+    device, head_dim, dtype = work.query.device, work.query.shape[-1], work.query.dtype
+    tuned = tuned_blocks(device).get((which, head_dim, dtype))
+    return tuned or choose_blocks(which, torch.cuda.get_device_capability(device), head_dim, dtype)
 
 
 def _tiles(work: Work, rows: int, blocks: Blocks) -> tuple[int, Tensor | None]:
@@ -192,7 +232,7 @@ def _options(work: Work, tiles: Tensor | None, blocks: Blocks) -> dict[str, Any]
     head_dim, dtype, interpreting = work.query.shape[-1], work.query.dtype, interpreted()
     return {
         "HEAD_DIM": head_dim,
-        "BLOCK_DIM": _block_dim(head_dim),
+        "BLOCK_DIM": block_dim(head_dim),
         "BLOCK_ROWS": blocks.rows,
         "BLOCK_OTHERS": blocks.others,
         "IS_CAUSAL": work.is_causal,
@@ -209,11 +249,6 @@ def _options(work: Work, tiles: Tensor | None, blocks: Blocks) -> dict[str, Any]
 def float32_precision() -> str:
     """'tf32' where torch's own switch for float32 matrix products says so, else 'ieee'."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def _block_dim(head_dim: int) -> int:
-    """The power of two that holds a row; at least what a matrix product takes."""
-    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def _strides(*tensors: Tensor) -> list[tuple[int, ...]]:

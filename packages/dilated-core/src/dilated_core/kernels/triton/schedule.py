@@ -110,10 +110,14 @@ def row_order(branches: Tensor, phases: Tensor, bounds: Sequence[tuple[int, int]
     start = torch.repeat_interleave(starts, stops - starts, output_size=rows)
     local = torch.arange(rows, device=branches.device) - start
     by_rate = branches[:, 1].argsort(stable=True)[:SORTED_BRANCHES]
-    key = (start + local - local % branches[:, 0].min()).expand(phases.shape[1], rows)
-    for (length, rate), phase in zip(branches[by_rate].unbind(), phases[by_rate].unbind(), strict=True):
-        key = 2 * key + (local % length % rate == phase.unsqueeze(1))
-    return key.argsort(dim=1, stable=True).int()
+    shortest = start + local - local % branches[:, 0].min()
+    classes = []
+    for of_class in phases[by_rate].T:  # one by one: in long sequences the keys of all would take much memory
+        key = shortest
+        for (length, rate), phase in zip(branches[by_rate], of_class, strict=True):
+            key = 2 * key + (local % length % rate == phase)
+        classes.append(key.argsort(stable=True).int())
+    return torch.stack(classes)
 
 
 def make_tiles(bounds: Sequence[tuple[int, int]], block: int, device: torch.device) -> Tensor:
