@@ -123,6 +123,11 @@ def time_first(record: Record, device: torch.device, sizes: tuple[int, ...], rou
         ["MiB", "torch.empty, ms (spread); faults", *(f"{name}: ratio (spread); faults" for name in names)],
     )
 
+    def plain(nbytes: int) -> Sample:
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # or it is not the first use
+        return fill(partial(torch.empty, device=device), nbytes, 1)
+
     def fresh(make: Callable[[], MemoryPool], nbytes: int) -> Sample:
         pool = make()
         pool.empty(0)  # imports what tensors need
@@ -130,7 +135,7 @@ def time_first(record: Record, device: torch.device, sizes: tuple[int, ...], rou
 
     for mib in sizes:
         nbytes = mib * MIB
-        candidates = {"torch.empty": partial(fill, partial(torch.empty, device=device), nbytes, 1)}
+        candidates = {"torch.empty": partial(plain, nbytes)}
         candidates |= {name: partial(fresh, make, nbytes) for name, make in pools(device).items()}
         row: dict[str, Any] = {"nbytes": nbytes, **summary(interleaved(candidates, rounds=rounds))}
         section.add(

@@ -12,6 +12,7 @@ import pytest
 
 from dilated_memory_pool.attention import DEFAULT_POLICIES, AttentionBufferManager, BufferKind, BufferPolicy
 from dilated_memory_pool.backends import HostBackend
+from dilated_memory_pool.sizes import Geometric
 
 torch = pytest.importorskip("torch")
 
@@ -161,9 +162,12 @@ def test_a_backend_of_the_users_serves_the_kinds_that_name_it() -> None:
     assert "own" not in manager.reasons[BufferKind.QUERY]
 
 
+STAGED = BufferPolicy(backend=("pinned", "host"), size_classes=Geometric(steps=4))
+
+
 @without_gpu
-def test_comm_falls_back_to_the_host_and_says_why() -> None:
-    manager = AttentionBufferManager("host")
+def test_a_kind_takes_the_first_backend_there_is_and_says_why() -> None:
+    manager = AttentionBufferManager("host", policies={"comm": STAGED})
     comm = raw(manager, MIB, "comm")
     assert manager.kind_of(comm) is BufferKind.COMM
     assert "not pinned: " in manager.reasons[BufferKind.COMM]
@@ -178,8 +182,15 @@ def test_a_policy_that_allows_pinned_memory_alone_raises_where_there_is_none() -
 
 
 @pytest.mark.gpu
-def test_comm_is_pinned_where_there_is_a_gpu_and_copies_to_it_exactly() -> None:
+def test_all_kinds_are_on_the_device_and_take_its_name_without_an_index() -> None:
     manager = AttentionBufferManager("torch")
+    for kind in BufferKind:
+        assert manager.empty((512, 1024), dtype=torch.float32, device="cuda", kind=kind).is_cuda
+
+
+@pytest.mark.gpu
+def test_a_staged_kind_is_pinned_where_there_is_a_gpu_and_copies_to_it_exactly() -> None:
+    manager = AttentionBufferManager("torch", policies={"comm": STAGED})
     comm = manager.empty((512, 1024), dtype=torch.float32, kind="comm")
     assert manager.kind_of(comm) is BufferKind.COMM
     assert comm.device.type == "cpu"

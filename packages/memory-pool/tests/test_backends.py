@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import sys
 import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib.machinery import ModuleSpec
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +24,7 @@ from fake_device import FakeBackend, FakeDevice
 from dilated_memory_pool import MemoryPool
 from dilated_memory_pool.backends import choose
 from dilated_memory_pool.backends import cuda as cuda_streams
-from dilated_memory_pool.backends.cuda import CupyStreams, HeldMemory, device_index, handle_of
+from dilated_memory_pool.backends.cuda import CupyStreams, HeldMemory, TorchStreams, device_index, handle_of
 from dilated_memory_pool.backends.cupy import CupyBackend
 from dilated_memory_pool.backends.host import HostMemory
 from dilated_memory_pool.backends.pinned import PinnedBackend
@@ -30,7 +34,8 @@ from dilated_memory_pool.placement.spans import PlainLease
 
 without_a_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
-MEMORY_ALLOCATION, INSUFFICIENT_DRIVER, ILLEGAL_ADDRESS, CAPTURE_IMPLICIT = 2, 35, 700, 906  # of cudaError_t
+# of cudaError_t
+MEMORY_ALLOCATION, INSUFFICIENT_DRIVER, NOT_READY, ILLEGAL_ADDRESS, CAPTURE_IMPLICIT = 2, 35, 600, 700, 906
 TORCHS_STREAM, CUPYS_STREAM, EVENT = 4096, 8192, 12288
 
 
@@ -53,7 +58,9 @@ class CudaError(RuntimeError):
 
 
 class StandIn:
-    """As much of CuPy as the backends call. ``fails`` is the status that CUDA answers with, where it is not 0."""
+    """As much of CuPy as the backends call. ``fails`` is the status that CUDA answers with, where it is not 0, and
+    ``busy`` the one of streams and events.
+    """
 
     __spec__ = ModuleSpec("cupy", None)
 
@@ -61,6 +68,7 @@ class StandIn:
         self.devices, self.device = devices, 0
         self.fails = 0
         self.capturing = False
+        self.busy = NOT_READY
         self.recorded: list[tuple[int, int]] = []
         self.waited: list[int] = []
         self.stream = SimpleNamespace(ptr=CUPYS_STREAM, wait_event=lambda event: self.waited.append(event.ptr))
@@ -96,7 +104,7 @@ class StandIn:
             PinnedMemory=Memory,
             UnownedMemory=lambda *memory: memory,
             MemoryPointer=lambda memory, offset: memory,
-            Event=lambda **options: SimpleNamespace(ptr=EVENT, done=True, synchronize=lambda: None),
+            Event=lambda **options: SimpleNamespace(ptr=EVENT, synchronize=lambda: None),
             get_current_stream=lambda index: self.stream,
             runtime=SimpleNamespace(
                 CUDARuntimeError=CudaError,
@@ -104,8 +112,15 @@ class StandIn:
                 getDevice=lambda: self.device,
                 eventRecord=lambda event, stream: self.recorded.append((self.device, stream)),
                 streamIsCapturing=lambda stream: self.answer(self.capturing),
+                streamQuery=lambda stream: self.busy,
+                eventQuery=lambda event: self.busy,
+                check_status=self.check,
             ),
         )
+
+    def check(self, status: int) -> None:
+        if status:
+            raise CudaError(status)
 
     def answer(self, value: int = 0) -> int:
         if self.fails:
@@ -309,10 +324,29 @@ def test_a_stream_that_was_named_stays_alive() -> None:
     kept: dict[int, object] = {}
     stream = Stream()
     alive = weakref.ref(stream)
-    assert cuda_streams.keep(stream, kept) == 77
+    assert cuda_streams.keep(stream, kept, 0) == 77
     del stream
     gc.collect()
     assert alive() is kept[77]
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        SimpleNamespace(cuda_stream=77, device=torch.device("cuda:1")),
+        SimpleNamespace(ptr=77, wait_event=None, device_id=1),
+    ],
+    ids=["torch", "cupy"],
+)
+def test_a_stream_of_another_device_is_refused(stream: object) -> None:
+    kept: dict[int, object] = {}
+    assert cuda_streams.keep(stream, kept, 1) == 77
+    with pytest.raises(ValueError, match="stream must be one of cuda:0, where the memory is, got one of cuda:1"):
+        cuda_streams.keep(stream, kept, 0)
+
+
+def test_cupys_default_stream_is_that_of_any_device() -> None:
+    assert cuda_streams.keep(SimpleNamespace(ptr=0, wait_event=None, device_id=-1), {}, 3) == 0
 
 
 def test_cupys_stream_is_current_until_torch_uses_cuda(cupy: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,8 +369,60 @@ def test_events_are_recorded_on_the_pools_device(cupy: StandIn) -> None:
     event = CupyStreams(1).record(77)
     assert cupy.recorded == [(1, 77)]
     assert cupy.device == 0
+    assert not event.done()
+    cupy.busy = 0
     assert event.done()
     event.wait()
+
+
+def test_a_stream_without_work_needs_no_event(cupy: StandIn) -> None:
+    cupy.busy = 0
+    event = CupyStreams(1).record(77)
+    assert event.done()
+    event.wait()
+    assert cupy.recorded == []
+
+
+def test_an_error_is_not_taken_for_work_that_goes_on(cupy: StandIn) -> None:
+    event = CupyStreams(0).record(77)
+    cupy.busy = ILLEGAL_ADDRESS
+    with pytest.raises(CudaError):
+        event.done()
+    with pytest.raises(CudaError):
+        CupyStreams(0).record(77)
+
+
+class TorchCuda:
+    """As much of ``torch.cuda`` as events need: its streams, known by their handles."""
+
+    def __init__(self) -> None:
+        self.busy = True
+        self.recorded: list[tuple[int, int]] = []
+
+    def get_stream_from_external(self, handle: int, device: int) -> SimpleNamespace:
+        return SimpleNamespace(handle=handle, device=device, query=self.is_idle)
+
+    def Event(self) -> SimpleNamespace:  # noqa: N802  # its name in torch.cuda
+        return SimpleNamespace(record=self.record, query=self.is_idle, synchronize=lambda: None)
+
+    def record(self, stream: SimpleNamespace) -> None:
+        self.recorded.append((stream.device, stream.handle))
+
+    def is_idle(self) -> bool:
+        return not self.busy
+
+
+@pytest.mark.parametrize("handle", [0, 77])
+def test_torchs_events_are_recorded_on_that_very_stream_while_it_has_work(handle: int) -> None:
+    streams, cuda = TorchStreams(1), TorchCuda()
+    streams._torch = SimpleNamespace(cuda=cuda)
+    event = streams.record(handle)
+    assert cuda.recorded == [(1, handle)]
+    assert not event.done()
+    cuda.busy = False
+    assert event.done()
+    assert streams.record(handle).done()
+    assert cuda.recorded == [(1, handle)]
 
 
 def test_a_capture_by_either_library_is_a_capture(
@@ -367,8 +453,10 @@ def test_memory_for_an_array_is_ordered_between_the_two_current_streams(cupy: St
     assert cupy.recorded == [(0, TORCHS_STREAM + 1)], "what was queued before"
     assert cupy.waited == [EVENT]
     del owner
-    assert pool.statistics().allocated_bytes == 0
+    assert pool.statistics().waiting_bytes == 4096
     assert cupy.recorded[1:] == [(1, CUPYS_STREAM)], "what CuPy queued since"
+    cupy.busy = 0
+    assert pool.statistics().allocated_bytes == 0
 
 
 @pytest.mark.usefixtures("no_torch")
@@ -393,6 +481,94 @@ def test_memory_is_given_back_after_the_work_of_the_device() -> None:
     assert (memory.address, memory.nbytes, order) == (4096, 512, [])
     del memory
     assert order == ["device", "owner"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_asks_the_device_nothing() -> None:
+    asked: list[str] = []
+    memory = HeldMemory(object(), 4096, 512, PlainLease, lambda: asked.append("device"))
+    child = os.fork()
+    if child == 0:
+        del memory
+        os._exit(len(asked))
+    assert os.waitpid(child, 0)[1] == 0
+    del memory
+    assert asked == ["device"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_gives_back_nothing_of_a_device() -> None:
+    device = FakeDevice()
+    pool = MemoryPool(FakeBackend(device, addressable=False), min_bytes=0, arena_bytes=0)
+    owned, waiting = pool.allocate(4096), pool.allocate(4096)
+    pool.record_stream(waiting, 5)
+    device.enqueue(int, 5)
+    del waiting
+    pool.statistics()
+    child = os.fork()
+    if child == 0:
+        del owned, pool
+        gc.collect()
+        os._exit(device.live_bytes != 8192 or len(device.pending()) != 1)
+    assert os.waitpid(child, 0)[1] == 0
+    del owned, pool
+    gc.collect()
+    assert device.live_bytes == 0
+
+
+def test_a_tensor_that_holds_memory_is_not_exported_for_it() -> None:
+    owner = torch.empty(512, dtype=torch.uint8)  # of another device than the current one it could not be exported
+    memory = HeldMemory(owner, owner.data_ptr(), 512, PlainLease, lambda: None)
+    assert memory.tensor() is owner
+
+
+class MemPools:
+    """As much of ``torch.cuda`` as allocations need. As the real one it refuses a MemPool that is in use."""
+
+    OutOfMemoryError = torch.OutOfMemoryError
+
+    def __init__(self) -> None:
+        self.made = 0
+        self.in_use: list[object] = []
+
+    def device(self, index: int) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def MemPool(self) -> object:  # noqa: N802  # its name in torch.cuda
+        self.made += 1
+        return object()
+
+    @contextmanager
+    def use_mem_pool(self, pool: object, device: int) -> Iterator[None]:
+        if pool in self.in_use:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        self.in_use.append(pool)
+        yield
+        self.in_use.remove(pool)
+
+
+def torch_backend(cuda: MemPools, monkeypatch: pytest.MonkeyPatch, allocate: Callable[[], object]) -> TorchBackend:
+    """One whose device memory is what ``allocate`` makes."""
+    module = sys.modules[TorchBackend.__module__]
+    monkeypatch.setattr(module, "tensor_memory", lambda *_: allocate())
+    backend = object.__new__(TorchBackend)
+    backend._torch, backend._index, backend.device = SimpleNamespace(cuda=cuda), 0, "cuda:0"
+    backend._streams, backend._idle = TorchStreams(0), deque()
+    return backend
+
+
+def test_an_allocation_amid_another_has_a_mempool_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = MemPools()
+
+    def twice() -> object:
+        return backend.allocate(512) if len(cuda.in_use) == 1 else "memory"  # as in a finaliser, or another thread
+
+    backend = torch_backend(cuda, monkeypatch, twice)
+    for _ in range(3):
+        assert backend.allocate(512) == "memory"
+    assert (cuda.made, cuda.in_use) == (2, [])
 
 
 def test_cudas_refusal_is_a_memory_error(cupy: StandIn) -> None:
@@ -452,8 +628,11 @@ def test_pinned_memory_by_cupy_is_the_hosts_and_waits_for_streams(
     ctypes.memset(block.address, 7, block.nbytes)
     address = block.address
     del block
+    assert pool.allocate(4096).address != address
+    assert (1, CUPYS_STREAM) in cupy.recorded, "by its own stream, before the host may write again"
+    cupy.busy = 0
+    assert pool.statistics().waiting_bytes == 0
     assert pool.allocate(4096).address == address
-    assert cupy.recorded == [(1, CUPYS_STREAM)], "by its own stream, before the host may write again"
 
 
 def test_every_backend_says_what_it_is() -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 import pytest
@@ -11,6 +16,7 @@ import torch
 from torch.utils.dlpack import from_dlpack
 
 from dilated_memory_pool import MemoryPool, PoolLimitError, PoolMemoryError
+from dilated_memory_pool.adaptors import LimitingAdaptor, SharedBackend
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,6 +26,7 @@ pytestmark = [
 COUNT = 2**22  # bytes, and elements of one byte
 LATE_CYCLES = 500_000_000  # a quarter of a second or so: far longer than the host takes to get ahead of it
 EARLY, LATE, NEXT = 1, 2, 3
+SECONDS = 120
 
 MakePool: TypeAlias = Callable[..., MemoryPool]
 
@@ -75,10 +82,58 @@ def test_tensors_hold_what_is_written_to_them(make: MakePool, mode: str, dtype: 
 
 
 def test_memory_is_reused_by_the_next_tensor(make: MakePool) -> None:
-    pool = make()
+    pool = make(arena_bytes=COUNT)
     address = bytes_of(pool).data_ptr()
     assert bytes_of(pool).data_ptr() == address
     assert pool.statistics().reserved_bytes == COUNT
+
+
+def test_many_threads_may_grow_a_pool_at_once(make: MakePool) -> None:
+    pool, start = make(mode="lightweight"), threading.Barrier(8)
+    kept: list[torch.Tensor] = []
+
+    def work(number: int) -> None:
+        start.wait(SECONDS)
+        kept.extend(bytes_of(pool, number) for _ in range(8))
+
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(SECONDS)
+        assert not thread.is_alive()
+    assert len({tensor.data_ptr() for tensor in kept}) == 64, "an error in a thread leaves fewer"
+    assert pool.statistics().misses == 64
+    torch.cuda.synchronize()
+    assert sorted(int(tensor[-1]) for tensor in kept) == sorted(8 * list(range(8)))
+
+
+class Twice(torch.autograd.Function):
+    """Doubles, in a pool's memory on the way back too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, pool: MemoryPool) -> torch.Tensor:
+        ctx.pool = pool
+        return pool.empty_like(x).copy_(x).mul_(2)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        [gradient] = gradients
+        return ctx.pool.empty_like(gradient).copy_(gradient).mul_(2), None
+
+
+def test_the_backward_pass_draws_from_the_stream_of_the_forward_pass(make: MakePool) -> None:
+    pool, side = make(), torch.cuda.Stream()
+    x = torch.arange(1024.0, device=pool.device, requires_grad=True)
+    cotangent = torch.arange(1024.0, device=pool.device).flip(0)
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        Twice.apply(x, pool).backward(cotangent)
+    torch.cuda.synchronize()
+    assert x.grad is not None
+    assert torch.equal(x.grad, 2 * cotangent)
+    assert {arena.locality for arena in pool.snapshot().arenas} == {str(side.cuda_stream)}
+    assert pool.statistics().hits + pool.statistics().misses == 2
 
 
 def test_what_autograd_saved_stays_out_of_the_pool(make: MakePool) -> None:
@@ -126,6 +181,23 @@ def test_record_stream_keeps_a_late_kernel_from_the_next_owner(make: MakePool) -
     assert bytes_of(pool).data_ptr() == address
 
 
+def test_the_default_streams_late_kernel_is_waited_for_too(make: MakePool) -> None:
+    pool, side = make(), torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        tensor = bytes_of(pool, EARLY)
+    address = tensor.data_ptr()
+    pool.record_stream(tensor, torch.cuda.default_stream())
+    torch.cuda.synchronize()
+    late_fill(tensor, torch.cuda.default_stream())
+    del tensor
+    with torch.cuda.stream(side):
+        following = bytes_of(pool, NEXT)
+        assert following.data_ptr() != address
+        assert pool.statistics().waiting_bytes == COUNT
+    assert is_all(following, NEXT)
+    assert pool.statistics().waiting_bytes == 0
+
+
 def test_without_record_stream_a_late_kernel_corrupts_the_next_owner(make: MakePool) -> None:
     pool, side = make(), torch.cuda.Stream()
     tensor = bytes_of(pool, EARLY)
@@ -164,6 +236,10 @@ def test_each_stream_has_memory_of_its_own(make: MakePool) -> None:
 def test_a_stream_may_be_given_in_many_ways(make: MakePool) -> None:
     pool, side = make(), torch.cuda.Stream()
     streams = [side, side.cuda_stream, torch.cuda.ExternalStream(side.cuda_stream)]
+    if find_spec("cupy") is not None:
+        cupys = pytest.importorskip("cupy").cuda
+        from_external = getattr(cupys.Stream, "from_external", None)  # since CuPy 14, which warns of the other
+        streams.append(from_external(side) if from_external else cupys.ExternalStream(side.cuda_stream))
     for stream in streams:
         tensor = bytes_of(pool, EARLY)
         pool.record_stream(tensor, stream)
@@ -219,7 +295,68 @@ def test_a_block_may_be_made_and_dropped_in_a_capture(make: MakePool) -> None:
     assert pool.statistics().bypasses == 1
 
 
+def test_a_block_of_a_capture_can_be_exported_in_it(make: MakePool) -> None:
+    pool = make()
+    given = torch.full((COUNT,), EARLY, dtype=torch.uint8, device=pool.device)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = from_dlpack(pool.allocate(COUNT))
+        output.copy_(given).add_(1)
+    given.fill_(NEXT)
+    graph.replay()
+    assert is_all(output, NEXT + 1)
+
+
+def test_a_capture_goes_on_where_memory_dies_and_is_to_be_given_back(make: MakePool) -> None:
+    pool, side = make(), torch.cuda.Stream()
+    output = torch.zeros(COUNT, dtype=torch.uint8, device=pool.device)
+    owned, recorded = bytes_of(pool), bytes_of(pool)
+    pool.record_stream(recorded, side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        del owned, recorded
+        assert pool.statistics().allocated_bytes == 2 * COUNT
+        assert pool.trim() == 0
+        output.add_(1)
+    graph.replay()
+    assert is_all(output, 1)
+    assert pool.statistics().allocated_bytes == 0
+    assert pool.trim() > 0
+
+
 # ------------------------------------------------------------------------------------------------ limits
+
+
+def backend_of(pool: MemoryPool) -> Any:
+    """Another backend of its kind."""
+    return type(pool.backend)(0)  # type: ignore[call-arg]
+
+
+def test_two_pools_share_a_budget(make: MakePool) -> None:
+    budget = LimitingAdaptor(backend_of(make()), 3 * COUNT)
+    first, second = MemoryPool(budget, min_bytes=0, arena_bytes=0), MemoryPool(budget, min_bytes=0, arena_bytes=0)
+    budget.reclaim_from(first, second)
+    first.reserve(2 * COUNT)
+    kept = bytes_of(second, EARLY), bytes_of(second, NEXT)
+    assert (first.statistics().reserved_bytes, budget.used_bytes) == (0, 2 * COUNT)
+    with pytest.raises(PoolMemoryError) as error:
+        first.allocate(2 * COUNT)
+    assert "shared by the pools on it is used up" in str(error.value.__cause__)
+    assert is_all(kept[0], EARLY)
+    assert is_all(kept[1], NEXT)
+
+
+def test_a_pool_waits_for_late_work_on_memory_that_another_freed(make: MakePool) -> None:
+    shared, side = SharedBackend(backend_of(make()), COUNT), torch.cuda.Stream()
+    first, second = (MemoryPool(shared, min_bytes=0, arena_bytes=0) for _ in range(2))
+    shared.attach("first", first)
+    shared.attach("second", second)
+    tensor = bytes_of(first, EARLY)
+    shared.record_stream(first, tensor, side)
+    late_fill(tensor, side)
+    del tensor
+    assert is_all(bytes_of(second, NEXT), NEXT)
+    assert first.statistics().reserved_bytes == 0
 
 
 def test_a_limit_is_an_error_of_its_own(make: MakePool) -> None:
@@ -285,6 +422,11 @@ def cupy_reads(block: Any) -> tuple[int, bytes]:
     return array.data.ptr, array.get().tobytes()
 
 
+def cupy_takes_dlpack(block: Any) -> tuple[int, bytes]:
+    array = pytest.importorskip("cupy").from_dlpack(block)
+    return array.data.ptr, array.get().tobytes()
+
+
 def numba_reads(block: Any) -> tuple[int, bytes]:
     cuda = pytest.importorskip("numba.cuda")
     if not cuda.is_available():
@@ -293,26 +435,41 @@ def numba_reads(block: Any) -> tuple[int, bytes]:
     return array.device_ctypes_pointer.value, array.copy_to_host().tobytes()
 
 
-@pytest.mark.parametrize("reads", [torch_reads, cupy_reads, numba_reads], ids=["torch", "cupy", "numba"])
-def test_blocks_are_seen_through_the_cuda_array_interface(
-    make: MakePool, reads: Callable[[Any], tuple[int, bytes]]
-) -> None:
+READERS = [torch_reads, cupy_reads, cupy_takes_dlpack, numba_reads]
+
+
+@pytest.mark.parametrize("reads", READERS, ids=["torch", "cupy", "cupy-dlpack", "numba"])
+def test_blocks_are_seen_by_other_libraries(make: MakePool, reads: Callable[[Any], tuple[int, bytes]]) -> None:
     block = make().allocate("4kB")
     from_dlpack(block).fill_(NEXT)
     torch.cuda.synchronize()
     assert reads(block) == (block.address, bytes([NEXT] * 4000))
 
 
+# Neither compiles a kernel: CuPy may find no compiler, and a first kernel waits for the late ones.
+
+
+def fill(array: Any, value: int) -> None:
+    """Queue it on CuPy's current stream."""
+    array.data.memset_async(value, array.nbytes)
+
+
+def bytes_in(array: Any) -> set[int]:
+    """The different ones, once CuPy's current stream is there."""
+    return set(array.get().tobytes())
+
+
 def test_cupys_arrays_come_from_the_pool_inside_the_context_alone(make: MakePool) -> None:
     cupy = pytest.importorskip("cupy")
     pool = make()
     with pool.share_with_cupy():
-        array = cupy.full(COUNT, NEXT, dtype="u1")
+        array = cupy.zeros(COUNT, dtype="u1")
         assert pool.statistics().requested_bytes == COUNT
     outside = cupy.zeros(COUNT, dtype="u1")
     assert pool.statistics().requested_bytes == COUNT
-    assert bool((array == NEXT).all())
-    assert not outside.any()
+    fill(array, NEXT)
+    assert bytes_in(array) == {NEXT}
+    assert bytes_in(outside) == {0}
     del array
     assert pool.statistics().allocated_bytes == 0
 
@@ -328,8 +485,9 @@ def test_empty_makes_a_cupy_array_that_returns_its_memory(make: MakePool, shape:
     array = interop.empty(pool, shape, dtype)
     like = cupy.empty(shape, dtype)
     assert (array.shape, array.dtype, array.strides) == (like.shape, like.dtype, like.strides)
-    array.fill(3)
-    assert bool((array == 3).all())
+    if array.nbytes:
+        fill(array, 3)
+        assert bytes_in(array) == {3}
     view = array.reshape(-1)
     del array
     assert pool.statistics().allocated_bytes > 0
@@ -359,12 +517,12 @@ def test_an_array_on_cupys_own_stream_waits_for_torchs_late_kernel_and_torch_for
     with cupy.cuda.Stream(non_blocking=True) as stream:
         array = interop.empty(pool, COUNT, "u1")
         assert array.data.ptr == address
-        array.fill(NEXT)
-        assert bool((array == NEXT).all())
+        fill(array, NEXT)
+        assert bytes_in(array) == {NEXT}
     with torch.cuda.stream(torch.cuda.ExternalStream(stream.ptr)):
         torch.cuda._sleep(LATE_CYCLES)
     with stream:
-        array.fill(LATE)
+        fill(array, LATE)
     del array
     following = bytes_of(pool, NEXT)
     assert following.data_ptr() != address
@@ -379,6 +537,13 @@ def test_pinned_memory_is_page_locked_and_holds_what_is_written(pinned: MemoryPo
     assert tensor.is_pinned()
     assert tensor.device.type == "cpu"
     assert is_all(tensor.to("cuda", non_blocking=True), EARLY)
+
+
+def test_a_copy_from_pinned_memory_does_not_keep_the_host_waiting(pinned: MemoryPool) -> None:
+    tensor, copy = late_copy(pinned)
+    assert not torch.cuda.current_stream().query()
+    assert is_all(copy, EARLY)
+    assert tensor.numel() == COUNT
 
 
 def late_copy(pool: MemoryPool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -413,9 +578,68 @@ def test_a_queued_copy_on_another_stream_is_waited_for_once_recorded(pinned: Mem
     assert is_all(copy, EARLY)
 
 
-def test_a_copy_still_queued_when_the_pool_closes_is_waited_for(pinned: MemoryPool) -> None:
+def test_a_copy_still_queued_when_the_pool_closes_is_waited_for() -> None:
+    pinned = MemoryPool("pinned", min_bytes=0, arena_bytes=0)
     tensor, copy = late_copy(pinned)
     pinned.close()
     del tensor
     torch.empty(COUNT, dtype=torch.uint8, pin_memory=True).fill_(NEXT)  # may get the same memory
     assert is_all(copy, EARLY)
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+def output_of(program: str) -> str:
+    """What a new Python prints, its errors included."""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=SECONDS, check=False, env=os.environ
+    )
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout + ran.stderr
+
+
+@pytest.mark.parametrize("backend", ["cupy", "torch", "pinned"])
+def test_the_end_of_the_interpreter_is_quiet(backend: str) -> None:
+    if backend == "cupy":
+        pytest.importorskip("cupy")
+    program = f"""if True:
+        import torch
+        from dilated_memory_pool import MemoryPool
+        pool = MemoryPool({backend!r}, min_bytes=0)
+        kept, waiting = pool.empty(1000).fill_(1), pool.empty(1000)
+        cycle = [pool.allocate(1000), pool.empty(1000)]
+        cycle.append(cycle)
+        side = torch.cuda.Stream()
+        pool.record_stream(waiting, side)
+        with torch.cuda.stream(side):
+            torch.cuda._sleep({LATE_CYCLES})
+        del waiting
+        module = torch.nn.Module()
+        module.kept = kept[1:]
+        torch.of_a_module_that_goes_last = module
+    """
+    assert output_of(program) == ""
+
+
+@pytest.mark.parametrize("backend", ["cupy", "torch", "pinned"])
+def test_a_forked_child_leaves_the_parents_memory_alone(backend: str) -> None:
+    if backend == "cupy":
+        pytest.importorskip("cupy")
+    program = f"""if True:
+        import gc, os, torch, warnings
+        warnings.simplefilter("ignore")
+        from dilated_memory_pool import MemoryPool
+        pool = MemoryPool({backend!r}, min_bytes=0)
+        kept = pool.empty(1000).fill_(1)
+        pool.reserve("1MiB")
+        child = os.fork()
+        if child == 0:
+            del kept, pool
+            gc.collect()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert kept.sum().item() == 1000
+        assert pool.empty(1000).fill_(2).sum().item() == 2000
+    """
+    assert output_of(program) == ""

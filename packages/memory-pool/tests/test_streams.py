@@ -11,6 +11,7 @@ import pytest
 from fake_device import FakeBackend, FakeDevice
 
 from dilated_memory_pool import Block, MemoryPool, PoolLimitError, PoolMemoryError
+from dilated_memory_pool.adaptors import SharedBackend
 
 Mode: TypeAlias = Literal["lightweight", "full"]
 
@@ -374,6 +375,61 @@ def test_a_block_made_in_a_capture_has_memory_of_its_own(device: FakeDevice, mod
     assert device.live_bytes == NBYTES
     del block
     assert device.live_bytes == 0
+
+
+def test_nothing_is_given_back_in_a_capture(device: FakeDevice, mode: Mode) -> None:
+    pool = make_pool(device, mode)
+    pool.reserve(NBYTES)
+    with device.capture():
+        assert pool.trim() == 0
+        pool.set_limit(0)
+    assert device.live_bytes == NBYTES
+    assert pool.trim() == NBYTES
+
+
+def test_memory_that_is_short_in_a_capture_waits_for_no_stream(mode: Mode) -> None:
+    device = FakeDevice(capacity=NBYTES)
+    shared = SharedBackend(FakeBackend(device, addressable=False), None)
+    pool = MemoryPool(shared, mode=mode, arena_bytes=NBYTES if mode == "full" else None)
+    shared.attach("pool", pool)
+    waiting_block(device, pool)
+    with device.capture(), pytest.raises(MemoryError):
+        pool.allocate(NBYTES)
+    assert len(device.pending(1)) == 1
+    assert pool.allocate(NBYTES).nbytes == NBYTES
+
+
+# ------------------------------------------------------------------------------------------------ exports
+
+
+def test_an_export_waits_for_what_is_queued_unless_its_consumer_is_behind_it(device: FakeDevice, mode: Mode) -> None:
+    pytest.importorskip("torch")
+    pool = make_pool(device, mode)
+    with device.stream(5):
+        block = pool.allocate(NBYTES)
+        device.enqueue(int)
+        for stream in (-1, 5):
+            block.__dlpack__(stream=stream)
+            assert len(device.pending(5)) == 1
+        block.__dlpack__(stream=6)
+        assert device.pending(5) == []
+
+
+def test_the_host_is_behind_no_stream(device: FakeDevice, mode: Mode) -> None:
+    pytest.importorskip("torch")
+    block = make_pool(device, mode, addressable=True).allocate(NBYTES)
+    with device.stream(5):
+        device.enqueue(int)
+        block.__dlpack__()
+        assert device.pending(5) == []
+
+
+def test_a_block_can_be_exported_to_the_stream_that_is_captured(device: FakeDevice, mode: Mode) -> None:
+    pytest.importorskip("torch")
+    pool = make_pool(device, mode)
+    with device.stream(5), device.capture():
+        pool.allocate(NBYTES).__dlpack__(stream=5)
+    assert device.recorded == []
 
 
 # ------------------------------------------------------------------------------------------------ the end

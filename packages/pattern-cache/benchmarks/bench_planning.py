@@ -26,7 +26,8 @@ from dilated_core.plan import make_tiles
 from dilated_pattern_cache import BlockLayoutKey, DilatedPatternCache
 
 GOAL = 0.01
-TOLERANCE = 1e-5
+# Of fp32. A GPU's fused kernels make a product of fp32 from several of TF32.
+TOLERANCE = {"cpu": 1e-5, "cuda": 1e-4}
 HEADS, HEAD_DIM, BLOCK = 4, 64, 128
 LAYOUT = {"window": 3, "global_columns": 2, "random": 3, "seed": 0}
 LENGTHS, RATES = (2048, 4096, 8192, 16384, 32768), (1, 2, 4, 6, 12)  # LongNet's
@@ -82,7 +83,7 @@ def is_dense_attention(qkv: Tensor, out: Tensor, layout: BlockLayout) -> bool:
         q, k, v = qkv[:, None, head : head + 1]
         dense = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         worst = max(worst, (dense[0, 0] - out[head]).abs().max().item())
-    return worst <= TOLERANCE
+    return worst <= TOLERANCE[qkv.device.type]
 
 
 # ------------------------------------------------------------------------------------------------ measuring
@@ -104,7 +105,8 @@ def block_sparse(tokens: int, device: torch.device) -> Forward:
     cache = DilatedPatternCache()
     qkv = torch.randn(3, HEADS, tokens, HEAD_DIM, device=device)
     plan, find = partial(make_plan, tokens, device), partial(find_plan, cache, tokens, device)
-    require(is_dense_attention(qkv, attend(qkv, plan()), plan().layout), f"dense attention, within {TOLERANCE}")
+    tolerance = TOLERANCE[device.type]
+    require(is_dense_attention(qkv, attend(qkv, plan()), plan().layout), f"dense attention, within {tolerance}")
     return Forward("block-sparse", cache, lambda: attend(qkv, plan()), lambda: attend(qkv, find()), plan, find)
 
 
@@ -134,7 +136,8 @@ def time_forwards(record: Record, tokens: int, device: torch.device, rounds: int
         "*dilated_core*: `dilated_attention` with LongNet's pattern, its `patterns=` a cache. *Cold*: planned at every "
         "call, the share of that forward; *warm*: found in the cache, the share of that forward. "
         f"The goal is a share below {GOAL:.0%} once warm.",
-        f"block-sparse attention against dense attention under the dense mask, fp32, within {TOLERANCE:g}; forwards "
+        "block-sparse attention against dense attention under the dense mask, fp32, within "
+        f"{TOLERANCE[device.type]:g}; forwards "
         "with a kept plan are bit for bit those without; all that was asked for after the first was a hit",
         [
             "forward",

@@ -97,6 +97,13 @@ def test_tensors_of_all_kinds_are_copied_as_they_are(name: str) -> None:
         assert copy.stride() == value.to("cuda").stride()
 
 
+def test_memory_of_a_device_that_is_no_tensor_is_counted() -> None:
+    cupy = pytest.importorskip("cupy")
+    cache: PatternCache[str, Any] = PatternCache()
+    cache["a"] = [cupy.zeros(COUNT, dtype="f4"), torch.zeros(COUNT, device="cuda")]
+    assert cache.info().nbytes == 2 * NBYTES
+
+
 def test_a_block_mask_is_copied_whole() -> None:
     cache: PatternCache[str, Any] = PatternCache()
     mask = cache.get_or_create(
@@ -230,7 +237,7 @@ def test_a_copy_that_was_not_seen_to_be_there_is_an_error_in_a_capture_which_goe
     x, graph = torch.ones(COUNT, device="cuda"), torch.cuda.CUDAGraph()
     copy = cache.get_or_create("a", numbers, device="cuda")
     with torch.cuda.graph(graph):
-        with pytest.raises(RuntimeError, match="look the value up once more"):
+        with pytest.raises(RuntimeError, match="warm the cache for the device"):
             cache.get("a", device="cuda")
         x.add_(1)
     torch.cuda.synchronize()

@@ -68,7 +68,7 @@ class Block:
 
         Args:
             stream: the consumer's; all work queued to the current stream is finished before this returns, unless it
-                is -1.
+                is that very stream, or -1.
             max_version: the newest version the consumer takes; None for the unversioned form.
             dl_device: must be where the block is.
             copy: must not be True.
@@ -82,14 +82,13 @@ class Block:
             raise BufferError(f"the block is on {self.device}, got dl_device={dl_device}")
         streams = self._backend.streams
         if streams is not None and stream != -1:
-            streams.record(streams.current()).wait()
-        from dilated_memory_pool.interop.dlpack import exporter
+            current = streams.current()
+            # The host is behind no queue. A stream is behind its own work, and in a graph's capture nothing may wait.
+            if self.addressable or stream != (current or _LEGACY_STREAM):
+                streams.record(current).wait()
+        from dilated_memory_pool.interop.dlpack import capsule
 
-        array = exporter(self)
-        try:
-            return array.__dlpack__() if max_version is None else array.__dlpack__(max_version=max_version)
-        except TypeError:  # a library from before there were versions
-            return array.__dlpack__()
+        return capsule(self, max_version)
 
     def __reduce__(self) -> str:
         raise TypeError("a block is neither copied nor pickled: copy its bytes")

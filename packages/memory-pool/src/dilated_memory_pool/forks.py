@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _registry = threading.RLock()  # nobody makes a pool while the others are being locked
 _heaps: WeakSet[Heap] = WeakSet()
 _held: list[Heap] = []
+_kept: list[object] = []
 
 
 def watch(heap: Heap) -> None:
@@ -25,6 +26,11 @@ def watch(heap: Heap) -> None:
     with _registry:
         _heaps.add(heap)
     _register()
+
+
+def keep(*parts: object) -> None:
+    """Let them live as long as this process, which is a child and must not give back what is the parent's."""
+    _kept.extend(parts)
 
 
 @cache

@@ -345,7 +345,12 @@ class Heap:
                 self._tidy()
 
     def trim(self, keep: int) -> int:
-        """Give back idle arenas, the longest unused first, until ``keep`` bytes are reserved; the bytes given back."""
+        """Give back idle arenas, the longest unused first, until ``keep`` bytes are reserved; the bytes given back.
+
+        None while a graph is captured, which CUDA ends where memory is given back.
+        """
+        if self._streams is not None and self._streams.capturing():
+            return 0
         released: list[Arena] = []
         idle: list[Arena] = []
         operation, leaving = object(), 0
@@ -492,7 +497,11 @@ class Heap:
                 self._busy = False
 
     def forked(self) -> None:
-        """In a child: threads that may have been telling observers, or mapping memory, are not here."""
+        """In a child: threads that may have been telling observers, or mapping memory, are not here. Nor is a device:
+        its memory is the parent's, and PyTorch ends a child that gives any back.
+        """
+        if self._streams is not None:
+            forks.keep(self.backend, [arena.memory for arena in self._arenas], list(self._waiting))
         self._bulletin.forked()
         self._in_transit.clear()
         self._settle()

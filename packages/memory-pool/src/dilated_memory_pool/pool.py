@@ -224,6 +224,8 @@ class MemoryPool:
     def trim(self, keep_bytes: int | str = 0) -> int:
         """Give arenas nobody uses back to the backend, the longest unused first, until ``keep_bytes`` are reserved.
 
+        Nothing is given back while the current stream is captured into a graph.
+
         Returns:
             The bytes given back.
         """

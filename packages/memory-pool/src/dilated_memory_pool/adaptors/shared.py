@@ -115,7 +115,9 @@ class SharedBackend(FailureCallbackAdaptor):
 
     def _waited(self) -> bool:
         """Wait for the streams, if freed memory waits for them; whether it did."""
-        if self.streams is None or not any(now.waiting_bytes for now, _ in self._moments()):
+        if self.streams is None or self.streams.capturing():
+            return False
+        if not any(now.waiting_bytes for now, _ in self._moments()):
             return False
         for stream in list(self._streams_seen):
             self.streams.record(stream).wait()

@@ -1,8 +1,8 @@
 """Where the buffers of each kind come from: data, for the user to read and to replace.
 
 ``BufferPolicy`` says it for one kind, ``DEFAULT_POLICIES`` for all ten. One number per kind would not do: what is
-asked for again at the same size wants blocks of its own, what comes at other sizes every time wants to be split and
-joined, and a copy to a GPU overlaps with work only where its host memory is page-locked.
+asked for again at the same size wants blocks of its own, and what comes at other sizes every time wants to be split and
+joined.
 """
 
 from __future__ import annotations
@@ -111,10 +111,11 @@ DEFAULT_POLICIES: Mapping[BufferKind, BufferPolicy] = MappingProxyType(
             min_bytes="64KiB",
             why="small too, and of many sizes, so classes are few and begin low",
         ),
+        # NCCL sends from the device, and so do the rings. Who sends by way of the host says backend=("pinned", "host"):
+        # copies overlap with work only where its memory is page-locked.
         BufferKind.COMM: BufferPolicy(
-            backend=("pinned", "host"),
             size_classes=Geometric(steps=4),
-            why="sent and received, page-locked where there is a GPU, so that copies overlap with work",
+            why="sent and received where the data are, in messages of many sizes, so classes are few",
         ),
         BufferKind.MASK: BufferPolicy(
             size_classes=Geometric(steps=4, smallest=4096),

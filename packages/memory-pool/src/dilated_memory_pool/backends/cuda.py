@@ -7,6 +7,7 @@ never those of other streams, and events can always be recorded on them.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ GRANULE = 512  # bytes: what PyTorch's and CuPy's own allocators align to
 # cuda_runtime_api.h and driver_types.h
 _LEGACY_STREAM = 1  # cudaStreamLegacy, another name of the default stream 0
 _PER_THREAD_STREAM = 2  # cudaStreamPerThread
+_NOT_READY = 600  # cudaErrorNotReady: what a query answers while there is work left
 _CAPTURE_IMPLICIT = 906  # cudaErrorStreamCaptureImplicit: asked of the default stream while another is captured
 
 
@@ -33,31 +35,45 @@ class CudaEvent:
     wait: Callable[[], None]
 
 
+# Where a stream has no work left. An event recorded there would be done too, but only after the device saw it: for some
+# microseconds memory that nobody uses would not be had.
+_PAST = CudaEvent(done=lambda: True, wait=lambda: None)
+
+
 class HeldMemory:
     """See ``Memory``: memory that belongs to ``owner``, an object of another library: on a device, an array of bytes
     that exports DLPack.
 
     Before the owner goes, all work of the device is waited for: the owner's library knows nothing of the streams that
-    the pool was told of, nor of a pool that was closed while some of them still used the memory.
+    the pool was told of, nor of a pool that was closed while some of them still used the memory. Not so in a forked
+    child, where CUDA cannot be asked, nor at the end of the interpreter, when the device's context may be gone and the
+    memory with it.
     """
+
+    # The class keeps what ``__del__`` calls: at the end of the interpreter this module may be emptied before.
+    _is_finalizing = staticmethod(sys.is_finalizing)
+    _this_process = staticmethod(os.getpid)
 
     def __init__(
         self, owner: Any, address: int, nbytes: int, lease: Callable[[], Lease], synchronize: Callable[[], None]
     ) -> None:
         self._owner, self._synchronize = owner, synchronize
+        self._process = os.getpid()
         self._tensor: torch.Tensor | None = None  # over all of it, once somebody asks
         self.address, self.nbytes, self.lease = address, nbytes, lease
 
     def tensor(self) -> torch.Tensor:
         """Over all of it, made once."""
         if self._tensor is None:
-            from torch.utils.dlpack import from_dlpack
+            import torch
 
-            self._tensor = from_dlpack(self._owner)
+            # PyTorch exports none of its own tensors unless their device is the current one.
+            own = isinstance(self._owner, torch.Tensor)
+            self._tensor = self._owner if own else torch.utils.dlpack.from_dlpack(self._owner)
         return self._tensor
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():  # then the device's context may be gone, and the memory with it
+        if not self._is_finalizing() and self._this_process() == self._process:
             self._synchronize()
 
 
@@ -79,14 +95,17 @@ class TorchStreams:
         return canonical(self._torch.cuda.current_stream(self._index).cuda_stream)
 
     def handle(self, stream: object) -> int:
-        """See ``handle_of``."""
-        return keep(stream, self._kept)
+        """See ``keep``."""
+        return keep(stream, self._kept, self._index)
 
     def record(self, stream: int) -> CudaEvent:
         """An event without timing."""
         cuda = self._torch.cuda
+        queue = cuda.get_stream_from_external(stream, self._index)  # ExternalStream(0) would be a new stream
+        if queue.query():
+            return _PAST
         event = cuda.Event()
-        event.record(cuda.ExternalStream(stream, device=self._index))
+        event.record(queue)
         return CudaEvent(event.query, event.synchronize)
 
     def capturing(self) -> bool:
@@ -124,15 +143,29 @@ class CupyStreams:
         return self.handle(self._cuda.get_current_stream(self._index))
 
     def handle(self, stream: object) -> int:
-        """See ``handle_of``."""
-        return keep(stream, self._kept)
+        """See ``keep``."""
+        return keep(stream, self._kept, self._index)
 
     def record(self, stream: int) -> CudaEvent:
         """An event without timing; waiting for it spins, as CuPy's own waits do."""
+        runtime = self._cuda.runtime
         with self._cuda.Device(self._index):
+            if self._is_ready(runtime.streamQuery(stream)):
+                return _PAST
             event = self._cuda.Event(block=False, disable_timing=True)
-            self._cuda.runtime.eventRecord(event.ptr, stream)
-        return CudaEvent(lambda: bool(event.done), event.synchronize)
+            runtime.eventRecord(event.ptr, stream)
+        return CudaEvent(lambda: self._is_ready(runtime.eventQuery(event.ptr)), event.synchronize)
+
+    def _is_ready(self, status: int) -> bool:
+        """The answer to a query. CuPy's own raise nothing, and leave the error where PyTorch may find it next."""
+        runtime = self._cuda.runtime
+        try:
+            runtime.check_status(status)  # takes it off CUDA's record
+        except runtime.CUDARuntimeError as error:
+            if error.status != _NOT_READY:
+                raise
+            return False
+        return True
 
     def capturing(self) -> bool:
         """Whether PyTorch's or CuPy's current stream is being captured."""
@@ -200,9 +233,18 @@ def canonical(handle: int) -> int:
     return 0 if handle == _LEGACY_STREAM else handle
 
 
-def keep(stream: object, kept: dict[int, object]) -> int:
-    """``handle_of(stream)``. The stream stays alive in ``kept``."""
+def keep(stream: object, kept: dict[int, object], index: int) -> int:
+    """``handle_of(stream)``. The stream stays alive in ``kept``.
+
+    Raises:
+        TypeError, ValueError: as ``handle_of``; it says that it is a stream of another device than ``index``, on which
+            no event of this one can be recorded.
+    """
     handle = handle_of(stream)
+    # PyTorch's streams know their device, CuPy's its index, which is -1 for the default stream of any.
+    of = getattr(getattr(stream, "device", None), "index", getattr(stream, "device_id", None))
+    if of not in (None, -1, index):
+        raise ValueError(f"stream must be one of cuda:{index}, where the memory is, got one of cuda:{of}: {stream!r}")
     kept.setdefault(handle, stream)
     return handle
 

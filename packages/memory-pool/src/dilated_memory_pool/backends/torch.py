@@ -1,13 +1,17 @@
 """Memory of a CUDA device, drawn from PyTorch, for machines without CuPy.
 
-Arenas are tensors of one ``torch.cuda.MemPool``: they lie in segments of their own, apart from PyTorch's other tensors,
+Arenas are tensors of a ``torch.cuda.MemPool``: they lie in segments of their own, apart from PyTorch's other tensors,
 and count in ``torch.cuda.memory_reserved()``. An arena is allocated on the stream it will serve, since a segment is
 PyTorch's for that stream. When an arena dies its segment stays with the MemPool, for the next arena; CUDA has it back
 when memory runs out, or when the pool is gone and ``torch.cuda.empty_cache()`` was called.
+
+PyTorch allocates from one MemPool for one caller at a time and refuses a second. So there are as many as there were
+callers at once, in threads or in finalisers amid an allocation.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +46,7 @@ class TorchBackend:
         self.device = f"cuda:{self._index}"
         self.total_bytes: int = torch.cuda.mem_get_info(self._index)[1]
         self.streams = self._streams = TorchStreams(self._index)
-        self._renew()
+        self._idle: deque[Any] = deque()  # the MemPools that nobody allocates from now
 
     def allocate(self, nbytes: int) -> HeldMemory:
         """New memory for PyTorch's current stream. While it captures a graph, it is the graph's own.
@@ -55,19 +59,23 @@ class TorchBackend:
         try:
             return self._from_pool(nbytes)
         except MemoryError:
-            # Arenas that died left segments of other sizes in the MemPool, which PyTorch does not give up by itself.
-            self._renew()
+            # Arenas that died left segments of other sizes in the MemPools, which PyTorch does not give up by itself:
+            # they go with the MemPools, where no arena uses them.
+            self._idle.clear()
             self._torch.cuda.empty_cache()
         return self._from_pool(nbytes)
 
     def _from_pool(self, nbytes: int) -> HeldMemory:
-        with self._torch.cuda.use_mem_pool(self._pool, device=self._index):
-            return tensor_memory(nbytes, self.device, self._streams.synchronize)
-
-    def _renew(self) -> None:
-        """Another MemPool. With the one before go the segments that it kept and that no arena uses."""
-        with self._torch.cuda.device(self._index):
-            self._pool = self._torch.cuda.MemPool()
+        try:
+            pool = self._idle.pop()
+        except IndexError:
+            with self._torch.cuda.device(self._index):
+                pool = self._torch.cuda.MemPool()
+        try:
+            with self._torch.cuda.use_mem_pool(pool, device=self._index):
+                return tensor_memory(nbytes, self.device, self._streams.synchronize)
+        finally:
+            self._idle.append(pool)
 
 
 def import_cuda_torch(user: str) -> Any:

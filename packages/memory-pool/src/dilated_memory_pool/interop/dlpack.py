@@ -6,6 +6,7 @@ way, at the end of the interpreter, and none of that is for Python code. Tensors
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -53,12 +54,35 @@ def take_in(pool: MemoryPool, exporter: Any) -> torch.Tensor:
     return pool.empty(source.shape, dtype=source.dtype).copy_(source)
 
 
-def exporter(block: Block) -> Any:
-    """An array of unsigned bytes over a block, of a library that is here: NumPy or CuPy, else PyTorch.
+def capsule(block: Block, max_version: tuple[int, int] | None) -> object:
+    """A capsule over a block, ordered behind no stream's work. ``max_version`` as in ``Block.__dlpack__``.
 
     Raises:
-        BufferError: none of them is installed.
+        BufferError: no library is installed that makes one.
     """
+    array = _exporter(block)
+    options: dict[str, Any] = {} if max_version is None else {"max_version": max_version}
+    if not block.addressable:
+        options["stream"] = -1  # or CuPy's current stream is waited for, whatever it is
+    with _device_of(array):
+        try:
+            return array.__dlpack__(**options)
+        except TypeError:  # a library from before there were versions
+            options.pop("max_version", None)
+            return array.__dlpack__(**options)
+
+
+def _device_of(array: Any) -> AbstractContextManager[object]:
+    """The context in which it can be exported: PyTorch exports no tensor of a device that is not the current one."""
+    if getattr(array, "is_cuda", False):  # a tensor: CuPy's arrays have no such attribute
+        import torch
+
+        return torch.cuda.device(array.device)
+    return nullcontext()
+
+
+def _exporter(block: Block) -> Any:
+    """An array of unsigned bytes over a block, of a library that is here: NumPy or CuPy, else PyTorch."""
     if block.addressable:
         if find_spec("numpy") is not None:
             import numpy
