@@ -289,16 +289,12 @@ def interop(session: nox.Session) -> None:
 
 
 @nox.session(default=False, venv_backend="none")
-@each_package
-def gpu(session: nox.Session, package: Package) -> None:
-    """What needs a CUDA device: tests, then benchmarks, with the torch beside nox; installs nothing."""
-    # Machines with an accelerator come with a torch built for it, and that is the one to test.
-    paths = [*(str(package.source) for package in PACKAGES), os.environ.get("PYTHONPATH")]
-    session.env["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    # A red test ends the session: no figure without a check. pytest exits with 5 where no test is marked gpu.
-    marked = ["-m", "gpu", str(package.folder / "tests")]
-    pytest(session, f"{package.folder.name}-gpu", *marked, python=sys.executable, success_codes=[0, 5])
-    run_all(session, *([sys.executable, str(script), "--device=cuda"] for script in package.benchmarks))
+def gpu(session: nox.Session) -> None:
+    """What needs a CUDA device: tests, NVIDIA's sanitizer, benchmarks; with the torch beside nox; installs nothing.
+
+    nox -s gpu -- dilated-core tests      what may follow: python .ci/gpu.py --help
+    """
+    session.run(sys.executable, str(ROOT / ".ci" / "gpu.py"), *session.posargs)
 
 
 @nox.session(default=False)

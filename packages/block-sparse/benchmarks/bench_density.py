@@ -321,6 +321,7 @@ def main() -> None:
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out: it compiles for every shape")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     options = parser.parse_args()
+    options.output = measure.results_folder(options.output, options.device)
     torch.set_num_threads(options.threads)
     sweep = tuple(Case(f"random {ratio:.0%}", partial(random, ratio=ratio)) for ratio in SWEEP)
     rows: list[Row] = []

@@ -440,6 +440,7 @@ def main() -> None:
     if arguments.tokens < 2 * arguments.block_size or arguments.block_size < 1 or arguments.windows < 1:
         parser.error("--tokens, --block-size, --windows: expected at least two blocks of tokens, and one window")
     device = torch.device(arguments.device)
+    arguments.output = measure.results_folder(arguments.output, device)
     block_size, windows = arguments.block_size, arguments.windows
 
     model, training, held_out, told = learn(arguments.tokens, arguments.seconds, arguments.seed, device)

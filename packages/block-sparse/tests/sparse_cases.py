@@ -266,10 +266,10 @@ def deviation(result: Tensor, exact: Tensor, floor: float = 0.0) -> float:
     return difference / scale if difference == difference else math.inf
 
 
-def assert_close(case: Case, dtype: torch.dtype, results: Results, expected: Results) -> None:
-    """Compare out, lse, dq, dk, dv and dbias, each alone and by name."""
+def assert_close(case: Case, dtype: torch.dtype, results: Results, expected: Results, *, slack: float = 1.0) -> None:
+    """Compare out, lse, dq, dk, dv and dbias, each alone and by name; ``slack`` widens the tolerances."""
     assert results.out.dtype == dtype, "dtype of out"
-    forward, gradient = FORWARD_TOLERANCE[dtype], GRADIENT_TOLERANCE[dtype]
+    forward, gradient = slack * FORWARD_TOLERANCE[dtype], slack * GRADIENT_TOLERANCE[dtype]
     difference = deviation(results.out, expected.out)
     assert difference <= forward, f"out of {case}: {difference}"
     no_key = expected.lse == -math.inf

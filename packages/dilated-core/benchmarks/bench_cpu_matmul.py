@@ -118,12 +118,16 @@ def report(rows: list[dict[str, object]], environment: dict[str, object], scores
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu; elsewhere there is nothing to measure")
     parser.add_argument("--rows", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 2731, 4096])
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--scores", type=int, default=SCORES, help="scores a tile, about: sets the batch")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     arguments = parser.parse_args()
+    if torch.device(arguments.device).type != "cpu":
+        print(f"this measures a kernel of the CPU; nothing to do on {arguments.device}")
+        return
     refusal = kernels.survey(torch.device("cpu"), torch.bfloat16, HEAD_DIM)["cpu_matmul"]
     if refusal is not None:
         raise SystemExit(f"cpu_matmul cannot run here: {refusal}")

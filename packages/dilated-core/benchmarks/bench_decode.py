@@ -2,6 +2,7 @@
 
     python bench_decode.py                                             the full table: 1k to 1M tokens
     python bench_decode.py --lengths 1024 4096 --repeats 3 --threads 1
+    python bench_decode.py --device cuda                               bfloat16 there
 
 Writes JSON and a Markdown table (default: docs/benchmarks). One cache sees all tokens, random ones in chunks; before
 each length single tokens are timed, the last that the open segments take: the dearest. The dense step is SDPA of one
@@ -34,24 +35,32 @@ CHUNK = 1 << 16
 TOKENS = math.lcm(*PATTERN.dilation_rates)
 # Largest deviation from the definition, relative to its largest magnitude.
 # The mean of a million random values is small beside float32's rounding of their sum: dense attention needs more.
-TOLERANCE = {"ours": 2e-5, "dense": 1e-4}
+TOLERANCE = {
+    torch.float32: {"ours": 2e-5, "dense": 1e-4},
+    torch.bfloat16: {"ours": 2e-2, "dense": 2e-2},
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MIB = 1 << 20
 
 
 class Stream:
     """Random tokens, decoded as they come; all keys and values are kept beside: the dense cache, and for the check."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, dtype: torch.dtype, device: torch.device) -> None:
         self.cache = DilatedKVCache(
             PATTERN.segment_lengths,
             PATTERN.dilation_rates,
             batch_size=BATCH,
             num_heads=HEADS,
             head_dim=HEAD_DIM,
+            dtype=dtype,
+            device=device,
         )
         # As SDPA reads it best: (batch, heads, tokens, head_dim).
-        self.key, self.value = (torch.empty(BATCH, HEADS, length, HEAD_DIM) for _ in range(2))
-        self.query = torch.empty(BATCH, 0, HEADS, HEAD_DIM)  # of the latest tokens
+        self.key, self.value = (
+            torch.empty(BATCH, HEADS, length, HEAD_DIM, dtype=dtype, device=device) for _ in range(2)
+        )
+        self.query = self.key.new_empty(BATCH, 0, HEADS, HEAD_DIM)  # of the latest tokens
         self.out = self.query
 
     @property
@@ -83,22 +92,27 @@ class Stream:
         return scaled_dot_product_attention(query, self.key[:, :, : self.seen], self.value[:, :, : self.seen])
 
     def _draw(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        query, key, value = torch.randn(3, BATCH, count, HEADS, HEAD_DIM).unbind()
+        size = (3, BATCH, count, HEADS, HEAD_DIM)
+        query, key, value = torch.randn(size, dtype=self.key.dtype, device=self.key.device).unbind()
         for kept, new in ((self.key, key), (self.value, value)):
             kept[:, :, self.seen : self.seen + count] = new.transpose(1, 2)
         return query, key, value
 
 
-def problems(positions: range) -> list[Problem]:
-    """The kernel calls of these tokens, on tensors of the same shapes and strides: the least their steps can cost."""
+def problems(positions: range, like: Tensor) -> list[Problem]:
+    """The kernel calls of these tokens, on tensors of the same shapes and strides: the least their steps can cost.
+
+    ``like`` has their dtype and device.
+    """
     calls = []
     for plan in plan_lanes(PATTERN.segment_lengths, PATTERN.dilation_rates, "paper", HEADS, HEADS):
-        key, value = torch.randn(2, BATCH, plan.lanes, plan.rows, HEAD_DIM).unbind()
+        size = (2, BATCH, plan.lanes, plan.rows, HEAD_DIM)
+        key, value = torch.randn(size, dtype=like.dtype, device=like.device).unbind()
         for position in positions:
             row, phase = divmod(position % plan.segment_length, plan.rate)
             for bundle in plan.bundles.get(phase, ()):
                 live = (tensor[:, bundle.lanes, : row + 1] for tensor in (key, value))
-                query = torch.randn(BATCH, len(bundle.heads), 1, HEAD_DIM)
+                query = torch.randn(BATCH, len(bundle.heads), 1, HEAD_DIM, dtype=like.dtype, device=like.device)
                 calls.append((position, Problem(query, *live, is_causal=False, scale=HEAD_DIM**-0.5)))
     return [call for _, call in sorted(calls, key=lambda pair: pair[0])]  # token by token, as steps make them
 
@@ -124,7 +138,7 @@ def check(stream: Stream) -> dict[str, float]:
         keys, values = (kept[0, head, : stream.seen].double() for kept in (stream.key, stream.value))
         heads.append(torch.softmax(keys @ row / HEAD_DIM**0.5, 0) @ values)
     deviations["dense"] = _deviation(found, torch.stack(heads))
-    if not all(deviation <= TOLERANCE[name] for name, deviation in deviations.items()):
+    if not all(deviation <= TOLERANCE[stream.key.dtype][name] for name, deviation in deviations.items()):
         raise SystemExit(f"deviations from the definition at {stream.seen} tokens: {deviations}; nothing is reported")
     return deviations
 
@@ -138,7 +152,7 @@ def measure_one(stream: Stream, length: int, repeats: int) -> dict[str, object]:
     timed = (1 + repeats) * TOKENS
     stream.advance(length - 1 - timed)
     kernel = kernels.choose("auto", stream.key.device, stream.key.dtype, HEAD_DIM)
-    calls = problems(range(length - 1 - TOKENS, length - 1))
+    calls = problems(range(length - 1 - TOKENS, length - 1), stream.key)
     times = measure.interleaved(
         {
             "ours": stream.single_tokens(),
@@ -153,6 +167,7 @@ def measure_one(stream: Stream, length: int, repeats: int) -> dict[str, object]:
     row_bytes = 2 * HEAD_DIM * stream.key.element_size()
     return {
         "tokens": length,
+        "dtype": str(stream.key.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "kernel": kernel.name,
         "deviation_from_definition": deviations,
@@ -195,8 +210,9 @@ def report(rows: list[dict[str, object]], environment: dict[str, object]) -> str
     return (
         "# One token with a dilated KV cache against a dense one\n\n"
         f"{environment['date']}, torch {environment['torch']}, {environment['processor']} "
-        f"({environment['cpu_capability']}), {rows[0]['threads']} threads.\n"
-        f"Batch {BATCH}, {HEADS} heads of {HEAD_DIM}, float32, segments {list(PATTERN.segment_lengths)}, "
+        f"({environment['cpu_capability']}), {rows[0]['threads']} threads, "
+        f"{', '.join(environment['cuda']) or 'no GPU'}.\n"
+        f"Batch {BATCH}, {HEADS} heads of {HEAD_DIM}, {rows[0]['dtype']}, segments {list(PATTERN.segment_lengths)}, "
         f"rates {list(PATTERN.dilation_rates)}. The cache never takes more than "
         f"{rows[0]['bytes_at_most'] / MIB:.1f} MiB.\n\n"
         "Each row was checked against the float64 definition in the same run before it was reported. Times are medians "
@@ -211,6 +227,8 @@ def report(rows: list[dict[str, object]], environment: dict[str, object]) -> str
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=DTYPES, help="(default: fp32 on a CPU, bf16 on a GPU)")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=10)
@@ -222,11 +240,14 @@ def main() -> None:
         if length - 1 - timed < previous:
             parser.error(f"--lengths: expected to rise by more than the {timed} tokens that are timed, got {length}")
         previous = length
+    device = torch.device(arguments.device)
+    dtype = DTYPES[arguments.dtype or ("fp32" if device.type == "cpu" else "bf16")]
     torch.manual_seed(0)
     torch.set_num_threads(arguments.threads)
     environment = measure.environment()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    stream = Stream(max(arguments.lengths))
+    folder = measure.results_folder(arguments.output, device)
+    folder.mkdir(parents=True, exist_ok=True)
+    stream = Stream(max(arguments.lengths), dtype, device)
     rows: list[dict[str, object]] = []
     print(table([]))
     with torch.inference_mode():
@@ -235,8 +256,8 @@ def main() -> None:
             print(table(rows[-1:]).splitlines()[-1], flush=True)
             # After every row, so that a run cut short keeps what it measured.
             results = {"environment": environment, "rows": rows}
-            (arguments.output / "decode.json").write_text(json.dumps(results, indent=1) + "\n")
-            (arguments.output / "decode.md").write_text(report(rows, environment))
+            (folder / "decode.json").write_text(json.dumps(results, indent=1) + "\n")
+            (folder / "decode.md").write_text(report(rows, environment))
 
 
 if __name__ == "__main__":

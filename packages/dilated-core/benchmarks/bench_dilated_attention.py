@@ -231,9 +231,7 @@ def main() -> None:
     torch.manual_seed(0)
     check_torchscale_formula()
     environment = measure.environment()
-    folder = arguments.output
-    if device.type == "cuda":  # a folder a card: h200, a100-sxm4-80gb
-        folder /= torch.cuda.get_device_name(device).lower().removeprefix("nvidia ").replace(" ", "-")
+    folder = measure.results_folder(arguments.output, device)
     folder.mkdir(parents=True, exist_ok=True)
     dtypes = [DTYPES[name] for name in arguments.dtypes]
     if device.type == "cuda":

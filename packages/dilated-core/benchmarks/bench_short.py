@@ -2,6 +2,7 @@
 
     python bench_short.py
     python bench_short.py --sizes 64 --threads 1 --repeats 20
+    python bench_short.py --device cuda
 
 The yardstick is one dense SDPA call of the same FLOPs. The goal: never more than its time at 0.9 of its rate, plus 300
 microseconds. Each size is checked against the float64 oracle before it is timed; candidates run in turns.
@@ -37,9 +38,9 @@ class Plans(dict):
         return found
 
 
-def measure_one(seq: int, dtype: torch.dtype, repeats: int) -> dict[str, object]:
+def measure_one(seq: int, dtype: torch.dtype, device: torch.device, repeats: int) -> dict[str, object]:
     """One row of the table."""
-    query, key, value = torch.randn(3, BATCH, seq, HEADS, HEAD_DIM).to(dtype).unbind()
+    query, key, value = torch.randn(3, BATCH, seq, HEADS, HEAD_DIM, device=device).to(dtype).unbind()
     pattern = (PATTERN.segment_lengths, PATTERN.dilation_rates)
     exact, _ = reference.dilated_attention(query.double(), key.double(), value.double(), *pattern)
     deviation = (
@@ -49,7 +50,7 @@ def measure_one(seq: int, dtype: torch.dtype, repeats: int) -> dict[str, object]
         raise SystemExit(f"deviates from the oracle by {deviation} at {seq} tokens; nothing is reported")
     # Dense attention over so many tokens has the pattern's FLOPs.
     dense_seq = max(1, round((PATTERN.pairs(seq, HEADS) / HEADS) ** 0.5))
-    dense = torch.randn(3, BATCH, HEADS, dense_seq, HEAD_DIM).to(dtype).unbind()
+    dense = torch.randn(3, BATCH, HEADS, dense_seq, HEAD_DIM, device=device).to(dtype).unbind()
     plans = Plans()
     runs = {
         "ours": lambda: dilated_attention(query, key, value, *pattern),
@@ -92,7 +93,8 @@ def report(rows: list[dict[str, object]], environment: dict[str, object]) -> str
     return (
         "# Short sequences\n\n"
         f"{environment['date']}, torch {environment['torch']}, {environment['processor']} "
-        f"({environment['cpu_capability']}). Batch {BATCH}, {HEADS} heads of {HEAD_DIM}, forward, the paper's pattern: "
+        f"({environment['cpu_capability']}), {', '.join(environment['cuda']) or 'no GPU'}. "
+        f"Batch {BATCH}, {HEADS} heads of {HEAD_DIM}, forward, the paper's pattern: "
         "below 2,048 tokens all five branches have one segment.\n\n"
         "Each size was checked against the float64 oracle. *Allowed* is the time of one dense SDPA call of the same "
         "FLOPs at 0.9 of its rate, plus 300 microseconds. Medians of interleaved repeats; the spread is the "
@@ -105,26 +107,30 @@ def report(rows: list[dict[str, object]], environment: dict[str, object]) -> str
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2047])
-    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES))
-    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
+    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", help="(default: both on a CPU, bf16 on a GPU)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1], help="on a CPU")
     parser.add_argument("--repeats", type=int, default=60)
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    dtypes = arguments.dtypes or (list(DTYPES) if device.type == "cpu" else ["bf16"])
     torch.manual_seed(0)
     environment = measure.environment()
-    arguments.output.mkdir(parents=True, exist_ok=True)
+    folder = measure.results_folder(arguments.output, device)
+    folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, object]] = []
     print(HEADER)
-    for threads in arguments.threads:
+    for threads in arguments.threads if device.type == "cpu" else arguments.threads[:1]:
         torch.set_num_threads(threads)
-        for dtype in arguments.dtypes:
+        for dtype in dtypes:
             for seq in arguments.sizes:
-                rows.append(measure_one(seq, DTYPES[dtype], arguments.repeats))
+                rows.append(measure_one(seq, DTYPES[dtype], device, arguments.repeats))
                 print(line(rows[-1]), flush=True)
                 results = {"environment": environment, "rows": rows}
-                (arguments.output / "short.json").write_text(json.dumps(results, indent=1) + "\n")
-                (arguments.output / "short.md").write_text(report(rows, environment))
+                (folder / "short.json").write_text(json.dumps(results, indent=1) + "\n")
+                (folder / "short.md").write_text(report(rows, environment))
 
 
 if __name__ == "__main__":

@@ -262,12 +262,12 @@ def _gradients(
     return torch.autograd.grad(outputs, leaves, cotangents)
 
 
-def assert_close(case: Case, dtype: torch.dtype, results: Results, expected: Results) -> None:
-    """Compare out, lse, dq, dk and dv, each alone and by name."""
+def assert_close(case: Case, dtype: torch.dtype, results: Results, expected: Results, *, slack: float = 1.0) -> None:
+    """Compare out, lse, dq, dk and dv, each alone and by name; ``slack`` widens the tolerances."""
     assert results.out.dtype == dtype
     # Larger scores than usual are as much less exact, and so are the weights, and what is multiplied with the scale.
     steep = 1.0 if case.scale is None else max(1.0, abs(case.scale) * case.head_dim**0.5)
-    forward, gradient = steep * FORWARD_TOLERANCE[dtype], steep * GRADIENT_TOLERANCE[dtype]
+    forward, gradient = (slack * steep * tolerance[dtype] for tolerance in (FORWARD_TOLERANCE, GRADIENT_TOLERANCE))
     assert deviation(results.out, expected.out) <= forward, f"out of {case}"
     no_key = (expected.lse == -torch.inf).to(results.lse.device)
     assert torch.equal(results.lse == -torch.inf, no_key), f"rows with no key of {case}"

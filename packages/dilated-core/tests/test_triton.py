@@ -22,7 +22,7 @@ from dilated_core import (
     kernels,
     reference,
 )
-from dilated_core.kernels.triton import blocks, tuning
+from dilated_core.kernels.triton import blocks, launch, tuning
 from dilated_core.kernels.triton import kernel as triton_kernel
 from dilated_core.kernels.triton.schedule import Branches, make_tables, row_order
 from dilated_core.kernels.triton.tuning import tune
@@ -106,7 +106,7 @@ def test_scales(scale: float) -> None:
     _check(replace(SMALL, heads=2, scale=scale))
 
 
-@settings(max_examples=5)
+@settings(max_examples=3)
 @given(case=cases(options=True))
 def test_any_small_problem(case: Case) -> None:
     heads = min(case.heads, 3)
@@ -226,12 +226,14 @@ def test_one_tile_of_any_lengths(rows: int, keys: int, masked: bool) -> None:
 
 def test_splits_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     query, (key, value) = torch.randn(1, 2, 1, 8), torch.randn(2, 1, 150, 1, 8)
+    problem = kernels.Problem(*(tensor.transpose(1, 2) for tensor in (query, key, value)), is_causal=False, scale=1.0)
+    assert launch.useful_splits(triton_kernel._tile_work(problem), 4, fewest_blocks=4) == 2
     split = attend(query, key, value, kernel="triton")
-    monkeypatch.setattr(triton_kernel, "_processors", lambda device: 1)
+    monkeypatch.setattr(triton_kernel, "_processors", lambda device: 0)
     whole = attend(query, key, value, kernel="triton")
     assert not torch.equal(split.out, whole.out)
     for one, other in zip(split, whole, strict=True):
-        assert torch.allclose(one, other, atol=1e-6)
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 def test_decoding() -> None:
@@ -259,6 +261,8 @@ def test_compiled_into_one_graph() -> None:
 def test_tuning_keeps_the_fastest_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "tuned_file", lambda: tmp_path / "kept" / "blocks.json")
     blocks.tuned_blocks.cache_clear()
+    monkeypatch.setattr(tuning, "HEADS", 1)
+    monkeypatch.setattr(tuning, "REPEATS", 1)
     small = blocks.Blocks(16, 32, 4, 1)
     trials = tune("cpu", head_dims=[8], dtypes=[torch.float32], passes=["forward"], candidates=[small], seq_len=16)
     fastest = min(trials, key=lambda trial: trial.seconds or 0)
@@ -288,7 +292,7 @@ def test_it_is_never_chosen_unasked() -> None:
 @pytest.mark.parametrize(
     ("device", "dtype", "head_dim", "needs", "reason"),
     [
-        ("meta", torch.float32, 64, kernels.Needs(), "it runs on CUDA, or in Triton's interpreter"),
+        ("meta", torch.float32, 64, kernels.Needs(), "it runs on CUDA (on the CPU in Triton's interpreter"),
         ("cpu", torch.float64, 64, kernels.Needs(), "not torch.float64"),
         ("cpu", torch.float32, 264, kernels.Needs(), "a head_dim up to 256, not 264"),
         ("cpu", torch.float32, 64, kernels.Needs(dropout=True), "it drops no probabilities"),

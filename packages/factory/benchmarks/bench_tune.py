@@ -119,6 +119,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    arguments.output = measure.results_folder(arguments.output, device)
     lengths, dtypes = (LENGTHS, ("float32", "bfloat16")) if not arguments.quick else ((128, 256), ("float32",))
     tuned = tune(
         device,

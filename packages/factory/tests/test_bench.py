@@ -23,7 +23,7 @@ import dilated_core
 import dilated_factory
 import dilated_memory_pool
 import dilated_pattern_cache
-from dilated_factory.bench import auto_enable, claims, command, journal, pattern_cache, run, session, subjects, writing
+from dilated_factory.bench import auto_enable, claims, command, journal, pattern_cache, run, session, writing
 from dilated_factory.bench.cases import compared, row
 from dilated_factory.bench.journal import Journal
 from dilated_factory.bench.measuring import Candidate, Expected, Measured, measured
@@ -580,8 +580,3 @@ def test_the_library_call_refuses_what_it_does_not_know(
 def test_settings_are_checked(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         replace(TINY, **change)
-
-
-def test_a_ring_on_a_gpu_needs_a_group() -> None:
-    with pytest.raises(ValueError, match=r"needs torch\.distributed, initialised with one rank"):
-        subjects._one_rank(torch.device("cuda"))

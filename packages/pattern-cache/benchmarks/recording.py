@@ -107,8 +107,9 @@ def parse(description: str | None) -> argparse.Namespace:
             parser.error("--device: PyTorch finds no CUDA device")
         arguments.device = torch.device("cuda", arguments.device.index or 0)
         torch.cuda.set_device(arguments.device)
-        name = torch.cuda.get_device_name(arguments.device).lower().removeprefix("nvidia ").replace(" ", "-")
-        arguments.output /= name  # a folder a card, as for every benchmark of the project
+        from dilated_core import measure  # not needed on a CPU
+
+        arguments.output = measure.results_folder(arguments.output, arguments.device)
     return arguments
 
 

@@ -183,9 +183,7 @@ def main() -> None:
     device = torch.device(arguments.device)
     torch.manual_seed(0)
     environment = measure.environment()
-    folder = arguments.output
-    if device.type == "cuda":  # a folder a card: h200, a100-sxm4-80gb
-        folder /= torch.cuda.get_device_name(device).lower().removeprefix("nvidia ").replace(" ", "-")
+    folder = measure.results_folder(arguments.output, device)
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, Any]] = []
     print(table([]))

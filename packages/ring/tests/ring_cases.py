@@ -332,13 +332,13 @@ def deviations(case: Case, dtype: torch.dtype, results: Results, expected: Resul
     return found
 
 
-def assert_close(case: Case, dtype: torch.dtype, results: Results, expected: Results) -> None:
-    """Compare out, lse, dq, dk and dv, each alone and by name."""
+def assert_close(case: Case, dtype: torch.dtype, results: Results, expected: Results, *, slack: float = 1.0) -> None:
+    """Compare out, lse, dq, dk and dv, each alone and by name; ``slack`` widens the tolerances."""
     assert results.out.dtype == dtype
     assert results.lse is None or results.lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     for name, difference in deviations(case, dtype, results, expected).items():
         tolerance = (FORWARD_TOLERANCE if name in ("out", "lse") else GRADIENT_TOLERANCE)[dtype]
-        assert difference <= _steepness(case) * tolerance, f"{name} of {case}: {difference}"
+        assert difference <= slack * _steepness(case) * tolerance, f"{name} of {case}: {difference}"
 
 
 def _steepness(case: Case) -> float:

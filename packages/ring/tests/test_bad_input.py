@@ -280,7 +280,7 @@ def test_after_an_error_the_ranks_go_on() -> None:
 # ------------------------------------------------------------------------------------------------ groups
 
 
-@pytest.mark.parametrize("group", [0, "world", [0, 1], object()], ids=repr)
+@pytest.mark.parametrize("group", [0, "world", [0, 1], object()], ids=["int", "str", "list", "object"])
 def test_a_group_that_is_none(group: object) -> None:
     with pytest.raises(TypeError, match="group: expected a ProcessGroup, a DeviceMesh, a Comm or None, got "):
         dilated_ring_attention(**GOOD, group=group)

@@ -7,8 +7,7 @@ One function is compiled, of static shapes, and a layout's lists and table are i
 sizes runs what is compiled. Other shapes, strides, dtypes, block sizes and scales compile once more, which takes
 seconds; so do causal order and padding. Shapes are static because dynamic ones do not compile on a CPU (torch 2.13: its
 C++ names a size that it does not declare), and because on a GPU only a length known to be a multiple of 128 gives the
-kernel without checks at its edges. Where ``torch.compile`` takes no ``recompile_limit`` (2.11), the ninth such
-combination in a process is an error: raise ``torch._dynamo.config.recompile_limit`` there.
+kernel without checks at its edges. A process may compile 256 such combinations.
 
 Imports torch, and FlexAttention where it is asked for.
 """
@@ -19,7 +18,7 @@ import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -331,7 +330,16 @@ def _attention(
 
 @functools.cache
 def _compiled_attention() -> Callable[..., tuple[Tensor, Tensor | None]]:
-    options = {}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        options["recompile_limit"] = RECOMPILE_LIMIT
-    return torch.compile(_attention, fullgraph=True, dynamic=False, **options)  # type: ignore[call-overload,no-any-return]
+        return torch.compile(  # type: ignore[call-overload,no-any-return]
+            _attention, fullgraph=True, dynamic=False, recompile_limit=RECOMPILE_LIMIT
+        )
+    compiled_attention = torch.compile(_attention, fullgraph=True, dynamic=False)
+
+    @functools.wraps(_attention)
+    def with_limit(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+        # Without it (torch 2.11) the ninth combination would be an error; the limit is read where one is compiled.
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            return compiled_attention(*arguments)
+
+    return with_limit

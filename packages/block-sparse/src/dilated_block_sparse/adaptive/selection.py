@@ -18,6 +18,7 @@ from dilated_block_sparse.adaptive.scores import diagonal_blocks, visible_blocks
 from dilated_block_sparse.layout import BlockLayout
 from dilated_block_sparse.layout.checks import BlockSize
 from dilated_block_sparse.layout.checks import block_size as check_block_size
+from dilated_block_sparse.patterns.scores import mass_before
 from dilated_core import checks
 
 
@@ -97,9 +98,10 @@ def select_blocks(
         wanted = _rounded_up(counted.sum(-1, keepdim=True), keep) if isinstance(keep, float) else keep
         taken = place < wanted
     else:
-        # A row that can attend nothing has NaN here, and what it takes is dropped below.
+        # A row that can attend nothing has NaN, 0 here, and what it takes is dropped below.
         predicted = torch.softmax(scores.masked_fill(~counted, -math.inf).double(), -1).gather(-1, order)
-        taken = (predicted.cumsum(-1) - predicted < mass) | (mass == 1)  # with 1, all, however small
+        predicted = torch.nan_to_num(predicted, nan=0.0)
+        taken = (mass_before(predicted) < mass) | (mass == 1)  # with 1, all, however small
     taken = (taken | (place < always.sum(-1, keepdim=True))).expand_as(can)
     return (torch.zeros_like(can).scatter_(-1, order, taken) & can)[..., :blocks]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dilated_block_sparse.engine.bias import bias_gradient, widened
-from dilated_block_sparse.engine.gather import Scratch
+from dilated_block_sparse.engine.gather import Scratch, add_at
 from dilated_block_sparse.engine.heads import heads_of
 from dilated_block_sparse.engine.work import Extras, Options, Work, last_stride_1, readable, work_of
 from dilated_block_sparse.layout import BlockLayout
@@ -110,4 +110,4 @@ def _add_gradients(
             call.keys.add(total, work.as_keys(call, grad[..., :head_dim], heads))
         if grad_bias is not None and work.bias is not None:
             of_keys = bias_gradient(grads[1], head_dim, call.keys.count, work.options.scale).to(grad_bias.dtype)
-            grad_bias.index_add_(0, work.bias_positions(work.bias, call).flatten(), of_keys.flatten())
+            add_at(grad_bias.unsqueeze(0), work.bias_positions(work.bias, call).flatten(), of_keys.reshape(1, -1))

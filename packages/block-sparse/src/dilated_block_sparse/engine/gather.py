@@ -124,7 +124,7 @@ class Place:
         if self.span is not None:
             total[:, self.span] += rows
         else:
-            self.stretches(total).index_add_(1, self.numbers, self._in_stretches(rows, total.dtype))
+            add_at(self.stretches(total), self.numbers, self._in_stretches(rows, total.dtype))
 
     def _in_stretches(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
         cut: Tensor = rows.to(dtype).unflatten(1, (len(self.numbers), self.size))
@@ -136,3 +136,15 @@ class Place:
             return torch.arange(self.span.start, self.span.stop, device="cpu").unsqueeze(0)
         tokens = self.numbers.cpu().unsqueeze(-1) * self.size + torch.arange(self.size, device="cpu")
         return tokens.view(self.count, self.length)
+
+
+def add_at(total: Tensor, numbers: Tensor, rows: Tensor) -> None:
+    """Add rows, (batch, numbers, ...), to ``total`` (batch, places, ...); a place may occur several times.
+
+    On CUDA ``index_add_`` adds in the order in which threads come, so that sums round otherwise at every run.
+    """
+    if total.device.type == "cuda":
+        batch = torch.arange(total.shape[0], device=total.device).unsqueeze(1)
+        total.index_put_((batch, numbers), rows, accumulate=True)
+    else:
+        total.index_add_(1, numbers, rows)

@@ -113,9 +113,20 @@ def threshold(
     if share == 1.0:
         return ranked.choose(torch.ones_like(values, dtype=torch.bool))
     masses = torch.nan_to_num(values.softmax(-1), nan=0.0)  # NaN: a row without a column
-    before = masses.cumsum(-1) - masses
     sure = torch.arange(values.shape[-1], device=values.device) < minimum
-    return ranked.choose((before < share) | sure)
+    return ranked.choose((mass_before(masses) < share) | sure)
+
+
+def mass_before(masses: Tensor) -> Tensor:
+    """What the entries before each one hold, (..., entries), float64; masses are float64 and sum to 1 at most.
+
+    Summed as whole numbers of 2^-52, exactly and so in any order: a GPU's running sum of floats differs between runs.
+
+    >>> mass_before(torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)).tolist()
+    [0.0, 0.5, 0.75]
+    """
+    whole = (masses * 2.0**52).round().to(torch.int64)
+    return (whole.cumsum(-1) - whole).to(torch.float64) * 2.0**-52
 
 
 class _Ranked(NamedTuple):

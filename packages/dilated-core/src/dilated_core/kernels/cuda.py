@@ -158,8 +158,9 @@ class CUDAEfficient:
         """Return the gradients of query, key and value."""
         query, key, value, is_causal, scale, *_ = problem
         state = torch.zeros((), dtype=torch.int64, device=query.device)
-        # +inf in the padding is what the forward writes there: weight 0.
-        lse = F.pad(lse, (0, -lse.shape[-1] % EFFICIENT_LSE_ALIGNMENT), value=float("inf"))
+        # +inf in the padding is what the forward writes there: weight 0. With nothing to pad, F.pad keeps the strides,
+        # and the operator reads rows one after the other.
+        lse = F.pad(lse, (0, -lse.shape[-1] % EFFICIENT_LSE_ALIGNMENT), value=float("inf")).contiguous()
         grad_query, grad_key, grad_value, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
             grad_out, query, key, value, _aligned_bias(problem), out, lse, state, state, 0.0, [True, True, True, False],
             is_causal, scale=scale,

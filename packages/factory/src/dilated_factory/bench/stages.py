@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from dilated_core import kernels
 from dilated_factory.bench import claims, subjects
 from dilated_factory.bench.cases import Case, Report, Said, compared, not_run, row, too_long, whole
 from dilated_factory.bench.measuring import Candidate, Measured, measured
 from dilated_factory.bench.results import Row, Table
 from dilated_factory.bench.subjects import Bench
-from dilated_factory.hardware import Hardware
 
 NAME = "stages"
 LENGTHS = (1024, 4096, 8192, 16384, 32768)
@@ -44,6 +44,7 @@ class Stage:
         pool: options.
         said: length -> speed-up, or a word.
         other: the function that it computes, where that is another.
+        kernel: its name, where it is not left to the type.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Stage:
     pool: dict[str, Any]
     said: dict[int, float | str]
     other: str = ""
+    kernel: str = ""
 
 
 ERROR = "error"
@@ -83,7 +85,13 @@ STAGES = (
         other="one softmax over whole blocks",
     ),
 )
-FA3 = ("Phase 1.3 (FA3)", "Full Phase 1 (with FA3)")
+FA3 = "cuda_flash3"
+FA3_STAGES = (
+    Stage("Phase 1.3 (FA3)", "improved", subjects.OFF, dict.fromkeys(LENGTHS, ERROR), kernel=FA3),
+    Stage(
+        "Full Phase 1 (with FA3)", "improved", {"enable_memory_pool": True}, dict.fromkeys(LENGTHS, ERROR), kernel=FA3
+    ),
+)
 DENSE_RING = "Ring Attention + Phase 1: dense ring in 4 chunks"
 CHUNKS = 4
 
@@ -98,16 +106,17 @@ def _stages(length: int, bench: Bench, seconds: float) -> list[Row]:
     listed = partial(not_run, NAME, table, table)
     refusal = too_long(bench, length)
     if refusal:
-        return whole([listed(stage.name, refusal) for stage in STAGES])
+        return whole([listed(stage.name, refusal) for stage in (*STAGES, *FA3_STAGES)])
     tensors = subjects.inputs(bench, length)
     candidates: dict[str, Candidate] = {}
     refused: dict[str, str] = {}
     right = subjects.expected(bench, tensors)
-    for stage in STAGES:
-        why = subjects.lacks(stage.type_name)
+    for stage in (*STAGES, *FA3_STAGES):
+        why = subjects.lacks(stage.type_name) or _lack_of_kernel(stage, bench)
         if not why:
+            kernel = {"kernel": stage.kernel} if stage.kernel else {}
             try:
-                subject = subjects.attention(bench, stage.type_name, **stage.pool)
+                subject = subjects.attention(bench, stage.type_name, **stage.pool, **kernel)
             except ValueError as error:
                 why = str(error)
             else:
@@ -122,19 +131,14 @@ def _stages(length: int, bench: Bench, seconds: float) -> list[Row]:
         candidates[DENSE_RING] = Candidate(dense, subjects.dense_expected(bench, tensors).check)
     found = measured(candidates, bench.settings, bench.device, seconds, tell=bench.tell)
 
-    rows = [
-        listed(stage.name, refused[stage.name])
-        if stage.name in refused
-        else _row(table, stage, length, found[stage.name], found[BASELINE])
-        for stage in STAGES
-    ]
-    if DENSE_RING in refused:
-        rows.append(listed(DENSE_RING, refused[DENSE_RING]))
-    else:
-        stage = Stage(DENSE_RING, "ring", subjects.OFF, {}, other="every row attends to every key")
-        rows.append(_row(table, stage, length, found[DENSE_RING], found[BASELINE]))
-    rows += [listed(name, _lack_of_fa3(bench), ERROR) for name in FA3]
-    return whole(rows)
+    def row_of(stage: Stage) -> Row:
+        if stage.name in refused:
+            said = stage.said.get(length)
+            return listed(stage.name, refused[stage.name], said if isinstance(said, str) else "")
+        return _row(table, stage, length, found[stage.name], found[BASELINE])
+
+    ring = Stage(DENSE_RING, "ring", subjects.OFF, {}, other="every row attends to every key")
+    return whole([row_of(stage) for stage in (*STAGES, ring, *FA3_STAGES)])
 
 
 def _row(table: str, stage: Stage, length: int, one: Measured, baseline: Measured) -> Row:
@@ -166,12 +170,13 @@ def _dense_ring(bench: Bench, tensors: tuple[Any, ...]) -> tuple[Callable[[], An
     return partial(ring_attention, *tensors, ring_size=CHUNKS), ""
 
 
-def _lack_of_fa3(bench: Bench) -> str:
-    """Why there is no row of FlashAttention 3."""
-    hardware = Hardware.detect(bench.device)
-    if hardware.device_type != "cuda" or not hardware.capability.startswith("9."):
-        return "not run: needs a Hopper GPU"
-    return "not run: dilated_core has no FlashAttention 3 kernel yet"
+def _lack_of_kernel(stage: Stage, bench: Bench) -> str:
+    """Why the stage's kernel cannot run here; "" where it can."""
+    if not stage.kernel:
+        return ""
+    refusals = kernels.survey(bench.device, bench.dtype, bench.settings.head_dim)
+    refusal = refusals.get(stage.kernel, "this dilated_core has no such kernel")
+    return "" if refusal is None else f"not run: {stage.kernel}: {refusal}"
 
 
 REPORT = Report(NAME, "Phase 1 Comprehensive Performance Analysis", TABLES, cases)

@@ -96,7 +96,10 @@ def _nucleus(logits: Tensor, p: float) -> Tensor:
     """True for the fewest likeliest tokens of each row whose probabilities sum to at least p; the first of equals."""
     descending, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = functional.softmax(descending, dim=-1)
-    likelier = probabilities.cumsum(-1) - probabilities  # what the tokens before it hold
+    # What the tokens before it hold, summed as whole numbers of 2^-52, exactly and so in any order: a GPU's running sum
+    # of floats differs between runs.
+    whole = (probabilities.double() * 2.0**52).round().to(torch.int64)
+    likelier = (whole.cumsum(-1) - whole).double() * 2.0**-52
     return torch.empty_like(likelier, dtype=torch.bool).scatter_(-1, order, likelier < p)
 
 
