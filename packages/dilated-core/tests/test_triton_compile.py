@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,9 @@ CORNERS = [
     Case("grad_key_value", 80, 256, "bfloat16", is_causal=True),
 ]
 
+# More stages than shared memory holds. Were this found to fit, the others would show nothing.
+TOO_LARGE = Case("forward", 80, 256, "bfloat16", blocks=(16, 64, 4, 5))
+
 PROGRAMS = ("forward", "grad_query", "grad_key_value")
 PRECISIONS: dict[str, dict[str, object]] = {
     "bfloat16": {"dtype": "bfloat16"},
@@ -48,9 +52,9 @@ OPTIONS: list[dict[str, bool]] = [
     {"torchscale": True, "masked": True, "packed": True, "grouped": True},
 ]
 
-# Instructions that spill or fill registers, in all innermost loops of a program. Exact float32 products run on the
-# ordinary units, out of registers, and have no block size that is both useful and free of spills.
-MOST_LOOP_SPILLS = {"half": 0, "tf32": 0, "float32": 64}
+# Instructions that spill or fill registers, in all loops over blocks: few beside the 400 to 1,600 of one such loop.
+# Triton's versions differ by some tens.
+MOST_LOOP_SPILLS = 64
 # wgmma takes 64 rows of a block at least.
 WGMMA_ROWS = 64
 
@@ -63,14 +67,14 @@ def faults(case: Case, made: Compiled) -> list[str]:
     warp_group = case.arch == 90 and made.blocks[0] >= WGMMA_ROWS
     pipelined = made.blocks[3] > 1
     checks = {
-        "shared memory": made.shared <= SHARED_PER_BLOCK[case.arch],
+        "shared memory": 0 <= made.shared <= SHARED_PER_BLOCK[case.arch],
         "registers": 0 < made.registers <= REGISTERS_PER_THREAD,
         "a block fits a multiprocessor": made.blocks_per_processor(case.arch) >= 1,
     }
     if case.program != "row_sums":
         checks |= {
             "loops with a mask and without": made.loops >= 2,
-            "spills in loops": made.loop_spills <= MOST_LOOP_SPILLS[precision],
+            "spills in loops": made.loop_spills <= MOST_LOOP_SPILLS,
             "wgmma": precision != "half" or (found["wgmma"] > 0) == warp_group,
             "mma.sync": precision != "half" or (found["mma"] > 0) != warp_group,
             "tf32 where asked for only": (found["tf32"] > 0) == (precision == "tf32"),
@@ -82,7 +86,7 @@ def faults(case: Case, made: Compiled) -> list[str]:
 
 @pytest.fixture(scope="module")
 def corners(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Compiled]:
-    return dict(compile_cases(CORNERS, tmp_path_factory.mktemp("triton"), timeout=400))
+    return dict(compile_cases([*CORNERS, TOO_LARGE], tmp_path_factory.mktemp("triton"), timeout=400))
 
 
 @pytest.mark.slow
@@ -92,11 +96,25 @@ def test_a_program_fits_the_card_and_uses_its_matrix_units(case: Case, corners: 
 
 
 @pytest.mark.slow
-def test_what_does_not_fit_is_found(tmp_path: Path) -> None:
-    # More stages than shared memory holds. Were this green too, the others would show nothing.
-    case = Case("forward", 80, 64, "bfloat16", blocks=(64, 128, 4, 7))
-    [(_, made)] = compile_cases([case], tmp_path, processes=1, timeout=200)
-    assert {"shared memory", "a block fits a multiprocessor"} <= set(faults(case, made)), made
+def test_what_does_not_fit_is_found(corners: dict[Case, Compiled]) -> None:
+    assert {"shared memory", "a block fits a multiprocessor"} <= set(faults(TOO_LARGE, corners[TOO_LARGE]))
+
+
+def test_no_length_and_no_batch_compiles_anything_new() -> None:
+    ask = """
+from triton_compile import Case, variants
+sizes = [(2, 4096), (2, 4095), (1, 16), (3, 17), (1, 2), (16, 1000)]
+for program in ("forward", "row_sums", "grad_query", "grad_key_value"):
+    for options in ({}, {"is_causal": True, "masked": True, "packed": True, "grouped": True}, {"torchscale": True}):
+        if program != "row_sums" or not options:
+            print(variants(Case(program, 90, 64, "bfloat16", **options), sizes))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    command = [sys.executable, "-c", ask]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["1"] * 10
 
 
 @pytest.mark.slow

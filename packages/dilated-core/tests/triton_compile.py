@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,7 +48,6 @@ REGISTER_UNIT = 256
 
 # Shapes of the launches. Their sizes do not matter to the compiler but for what divides them.
 BATCH, ROWS, HEADS, BRANCHES, CLASSES = 2, 4096, 12, 5, 3
-BOUNDS = ((0, 1000), (1000, ROWS))
 
 INSTRUCTIONS = {
     "wgmma": r"wgmma\.mma_async",
@@ -128,19 +128,28 @@ def compile_cases(
 ) -> Iterator[tuple[Case, Compiled]]:
     """Compile all, in ``processes`` processes, with Triton's cache at ``cache``; yields them in their order.
 
-    Raises RuntimeError with what the compiler says where one does not compile.
+    Raises RuntimeError with what the compiler says where one does not compile, subprocess.TimeoutExpired past
+    ``timeout`` seconds.
     """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(cache)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, __file__, str(processes)]
-    ran = subprocess.run(
-        command, input=json.dumps(cases), env=environment, capture_output=True, text=True, timeout=timeout, check=False
-    )
-    if ran.returncode != 0:
-        raise RuntimeError(f"the kernels do not compile:\n{ran.stdout[-2000:]}\n{ran.stderr[-6000:]}")
-    for case, line in zip(cases, ran.stdout.splitlines(), strict=True):
-        yield case, Compiled(**json.loads(line))
+    process = subprocess.Popen(
+        command, env=environment, text=True, start_new_session=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        said, complaints = process.communicate(json.dumps(cases), timeout=timeout)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)  # its workers too: they would keep the pipes open
+        process.communicate()
+        raise
+    if process.returncode != 0:
+        raise RuntimeError(f"the kernels do not compile:\n{said[-2000:]}\n{complaints[-6000:]}")
+    for case, line in zip(cases, said.splitlines(), strict=True):
+        fields = json.loads(line)
+        yield case, Compiled(**{**fields, "blocks": tuple(fields["blocks"])})
 
 
 # ------------------------------------------------------------------------------------- in the process that compiles
@@ -165,8 +174,8 @@ class _NamedCard:
         return GPUTarget("cuda", self.arch, 32)
 
 
-def compile_case(case: Case) -> Compiled:
-    """Compile one, here."""
+def _asked(case: Case, batch: int, rows: int) -> tuple[Any, dict[str, Any]]:
+    """The program of the case, and what a launch of so many rows asks the compiler for."""
     import triton
 
     triton.runtime.driver.set_active(_NamedCard(case.arch))
@@ -181,9 +190,20 @@ def compile_case(case: Case) -> Compiled:
 
     triton.knobs.runtime.jit_cache_hook = note
     with mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(case.arch, 10)):
-        _launch(case)
+        _launch(case, batch, rows)
     triton.knobs.runtime.jit_cache_hook = None
-    program, request = asked[case.program]
+    found: tuple[Any, dict[str, Any]] = asked[case.program]
+    return found
+
+
+def variants(case: Case, sizes: Sequence[tuple[int, int]]) -> int:
+    """How many programs launches of these (batch, rows) compile: 1 where none depends on them."""
+    return len({_asked(case, batch, rows)[1]["specialization_data"] for batch, rows in sizes})
+
+
+def compile_case(case: Case) -> Compiled:
+    """Compile one, here."""
+    program, request = _asked(case, BATCH, ROWS)
     constants = {program.arg_names[place[0]]: value for place, value in request["constants"].items()}
     compiled = program.preload(request["specialization_data"])
     ptx = compiled.asm["ptx"]
@@ -197,21 +217,21 @@ def compile_case(case: Case) -> Compiled:
     )  # fmt: skip
 
 
-def _launch(case: Case) -> None:
+def _launch(case: Case, batch: int, rows: int) -> None:
     torch.backends.cuda.matmul.fp32_precision = "tf32" if case.tf32 else "ieee"
     dtype = getattr(torch, case.dtype)
     kv_heads = HEADS // 4 if case.grouped else HEADS
-    query, out, grad_out = (_tensor(BATCH, ROWS, HEADS, case.head_dim, dtype=dtype) for _ in range(3))
-    key, value = (_tensor(BATCH, ROWS, kv_heads, case.head_dim, dtype=dtype) for _ in range(2))
+    query, out, grad_out = (_tensor(batch, rows, HEADS, case.head_dim, dtype=dtype) for _ in range(3))
+    key, value = (_tensor(batch, rows, kv_heads, case.head_dim, dtype=dtype) for _ in range(2))
     grad_dtype = torch.float32 if case.grouped else dtype  # as fused.py gives it
-    lse = _tensor(BATCH, HEADS, ROWS, dtype=torch.float32)
-    real = _tensor(BATCH, ROWS, dtype=torch.bool).unsqueeze(1).expand(-1, kv_heads, -1) if case.masked else None
+    lse = _tensor(batch, HEADS, rows, dtype=torch.float32)
+    real = _tensor(batch, rows, dtype=torch.bool).unsqueeze(1).expand(-1, kv_heads, -1) if case.masked else None
     tables = Tables(_tensor(BRANCHES, 2, dtype=torch.int32), _tensor(BRANCHES, HEADS, dtype=torch.int32))
     if case.ordered:
         tables = tables._replace(
-            order=_tensor(CLASSES, ROWS, dtype=torch.int32), head_class=_tensor(HEADS, dtype=torch.int32)
+            order=_tensor(CLASSES, rows, dtype=torch.int32), head_class=_tensor(HEADS, dtype=torch.int32)
         )
-    bounds = BOUNDS if case.packed else None
+    bounds = ((0, rows // 2), (rows // 2, rows)) if case.packed else None
     blocks = None if case.blocks is None else {case.program: Blocks(*case.blocks)}
     work = Work(query, key, value, real, tables, case.is_causal, 0.125, bounds, case.torchscale, blocks)
     if case.program == "forward":

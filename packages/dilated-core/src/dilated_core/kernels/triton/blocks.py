@@ -32,24 +32,32 @@ Tuned = dict[tuple[str, int, torch.dtype], Blocks]
 INTERPRETED = Blocks(16, 16, 4, 1)
 
 
+# By head_dim up to 64, 128 and 256: the largest that no loop spills registers with, whatever the options (see
+# docs/benchmarks/triton_compile.md).
+HALF_AMPERE: dict[Pass, tuple[Blocks, Blocks, Blocks]] = {
+    "forward": (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2)),
+    "grad_query": (Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 2)),
+    "grad_key_value": (Blocks(64, 32, 4, 2), Blocks(64, 64, 8, 2), Blocks(32, 32, 8, 2)),
+}
+# 64 rows at least: wgmma takes no fewer.
+HALF_HOPPER: dict[Pass, tuple[Blocks, Blocks, Blocks]] = {
+    "forward": (Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2)),
+    "grad_query": (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
+    "grad_key_value": (Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2), Blocks(64, 16, 8, 2)),
+}
+# Exact products run out of registers, on the ordinary units.
+FLOAT32: dict[Pass, tuple[Blocks, Blocks, Blocks]] = {
+    "forward": (Blocks(64, 32, 8, 2), Blocks(32, 16, 8, 2), Blocks(16, 16, 4, 2)),
+    "grad_query": (Blocks(32, 32, 4, 2), Blocks(32, 32, 8, 2), Blocks(16, 16, 8, 2)),
+    "grad_key_value": (Blocks(32, 32, 8, 2), Blocks(32, 16, 8, 2), Blocks(16, 16, 8, 2)),
+}
+
+
 def choose_blocks(which: Pass, capability: tuple[int, int], head_dim: int, dtype: torch.dtype) -> Blocks:
     """The blocks of a program where none were tuned. docs/benchmarks/triton_compile.md says what they come to."""
-    wide = block_dim(head_dim) * (dtype.itemsize // 2)  # a row's bytes, halved
-    if which == "forward":
-        if wide <= 64:
-            return Blocks(128, 64, 4, 3)
-        if wide <= 128:
-            return Blocks(128, 64, 8, 3 if capability >= (9, 0) else 2)
-        if wide <= 256:
-            return Blocks(64, 32, 4, 2)
-        return Blocks(32, 32, 4, 2)
-    if wide <= 64:
-        return Blocks(64, 64, 4, 2)
-    if wide <= 128:
-        return Blocks(64, 32, 4, 2)
-    if wide <= 256:
-        return Blocks(32, 32, 4, 2)
-    return Blocks(16, 16, 4, 1)
+    table = FLOAT32 if dtype == torch.float32 else HALF_HOPPER if capability >= (9, 0) else HALF_AMPERE
+    small, middle, large = table[which]
+    return small if head_dim <= 64 else middle if head_dim <= 128 else large
 
 
 def block_dim(head_dim: int) -> int:

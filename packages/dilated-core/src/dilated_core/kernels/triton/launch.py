@@ -80,7 +80,7 @@ def _forward(work: Work, outs: Tensor, lses: Tensor) -> None:
     with _on_device(query):
         programs().forward[(num_tiles * heads * query.shape[0] * splits,)](
             query, work.key, work.value, _or(work.real, lses), outs, lses, *_tables(work, tiles),
-            *_strides(query, work.key, work.value), _mask_strides(work.real), _strides(outs[0])[0], lses.stride()[1:],
+            *_strides(query, work.key, work.value), *_mask_strides(work.real), *_strides(outs[0]), *lses.stride()[1:],
             outs.stride(0), lses.stride(0),
             rows, work.key.shape[1], num_tiles, *_counts(work), splits, work.scale,
             **_options(work, tiles, blocks), ZERO_KEYS=work.zero_keys,
@@ -102,7 +102,7 @@ class Cotangents(NamedTuple):
     Attributes:
         grad_out: like query, last stride 1.
         lse: (batch, heads, rows), -inf or +inf in a row with no key.
-        delta: (batch, heads, rows), float32; for torchscale with a first dimension of branches.
+        delta: (batch, heads, rows), float32, contiguous; for torchscale with a first dimension of branches.
     """
 
     grad_out: Tensor
@@ -171,7 +171,7 @@ def row_sums(work: Work, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor,
     grad = _or(grad_lse, lse)
     with _on_device(out):
         programs().row_sums[(num_tiles * heads * batch_size,)](
-            out, grad_out, lse, grad, delta, *_strides(out, grad_out), lse.stride(), grad.stride(), delta.stride(),
+            out, grad_out, lse, grad, delta, *_strides(out, grad_out), *lse.stride(), *grad.stride(),
             rows, num_tiles, batch_size, heads,
             HEAD_DIM=head_dim, BLOCK_DIM=block_dim(head_dim), BLOCK_ROWS=block, HAS_GRAD_LSE=grad_lse is not None,
         )  # fmt: skip
@@ -186,10 +186,10 @@ def _inputs(work: Work, cotangents: Cotangents) -> tuple[Tensor, ...]:
     return work.query, work.key, work.value, _or(work.real, lse), grad_out, lse, delta
 
 
-def _input_strides(work: Work, cotangents: Cotangents) -> tuple[tuple[int, ...], ...]:
-    grad_out, lse, delta = cotangents
+def _input_strides(work: Work, cotangents: Cotangents) -> tuple[tuple[int, ...] | int, ...]:
+    grad_out, lse, _ = cotangents
     of_qkv = _strides(work.query, work.key, work.value)
-    return (*of_qkv, _mask_strides(work.real), *_strides(grad_out), lse.stride(), delta.stride()[-3:])
+    return (*of_qkv, *_mask_strides(work.real), *_strides(grad_out), *lse.stride())
 
 
 def _delta_branch(work: Work, cotangents: Cotangents) -> int:

@@ -10,7 +10,8 @@ Numbers that change from call to call (lengths, branches, phases) are data: no n
 
 Arguments that all programs share:
     q, k, v, ...: tensors (batch, seq, heads, head_dim), last stride 1; ``*_strides``: of batch, seq and head.
-    lse, delta, ...: float32 (batch, heads, seq); ``*_strides``: of batch, head and seq.
+    lse, grad_lse: float32 (batch, heads, seq); ``*_batch``, ``*_head``, ``*_row``: their strides.
+    delta: float32 (batch, heads, seq), contiguous.
     real: (batch, kv_heads, seq), bool, True where a key is attended, and its strides; read only with HAS_MASK.
     order: (classes, rows), int32, positions; head_class: (heads,), int32. Read only with ORDERED.
     tiles: (tiles, 3), int32: where a tile's rows begin in the order, where its sequence starts and stops. Read only

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 
 from dilated_core.kernels.triton.programs.parts import (
+    COUNTS,
+    FLAT,
     LN_2,
     LOG2_E,
     count_zero_keys,
@@ -53,10 +55,11 @@ def _attend(
     return acc, total * kept + tl.sum(weights, 1), higher
 
 
-@triton.jit(do_not_specialize=["rows", "others", "num_tiles", "num_branches", "batch_size", "heads", "group", "splits"])
+@triton.jit(do_not_specialize=[*COUNTS, *FLAT, "splits", "out_split", "lse_split"])
 def forward(
     q, k, v, real, out, lse, order, head_class, tiles, branches, phases,
-    q_strides, k_strides, v_strides, real_strides, out_strides, lse_strides, out_split, lse_split,
+    q_strides, k_strides, v_strides, real_batch, real_head, real_row, out_strides, lse_batch, lse_head, lse_row,
+    out_split, lse_split,
     rows, others, num_tiles, num_branches, batch_size, heads, group, splits, scale,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, ORDERED: tl.constexpr, PACKED: tl.constexpr,
@@ -75,7 +78,7 @@ def forward(
     q += batch * q_strides[0] + start * q_strides[1] + head * q_strides[2]
     k += batch * k_strides[0] + start * k_strides[1] + head // group * k_strides[2]
     v += batch * v_strides[0] + start * v_strides[1] + head // group * v_strides[2]
-    real += batch * real_strides[0] + head // group * real_strides[1] + start * real_strides[2]
+    real += batch * real_batch + head // group * real_head + start * real_row
     query = load_rows(q, at, q_strides[1], valid, HEAD_DIM, BLOCK_DIM, True)
     factor = scale * LOG2_E
     acc = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
@@ -100,13 +103,13 @@ def forward(
         unmasked = low + tl.maximum(tl.minimum(common, high) - low, 0) // BLOCK_OTHERS * BLOCK_OTHERS
         for number in range(low, unmasked, BLOCK_OTHERS):
             acc, total, peak = _attend(
-                acc, total, peak, query, at, member, segment, k, v, k_strides[1], v_strides[1], real, real_strides[2],
+                acc, total, peak, query, at, member, segment, k, v, k_strides[1], v_strides[1], real, real_row,
                 number, high, base, segment_length, rate, phase, whole, factor,
                 HEAD_DIM, BLOCK_DIM, BLOCK_OTHERS, IS_CAUSAL, False, HAS_MASK, PRECISION, UPCAST,
             )  # fmt: skip
         for number in range(unmasked, high, BLOCK_OTHERS):
             acc, total, peak = _attend(
-                acc, total, peak, query, at, member, segment, k, v, k_strides[1], v_strides[1], real, real_strides[2],
+                acc, total, peak, query, at, member, segment, k, v, k_strides[1], v_strides[1], real, real_row,
                 number, high, base, segment_length, rate, phase, whole, factor,
                 HEAD_DIM, BLOCK_DIM, BLOCK_OTHERS, IS_CAUSAL, True, HAS_MASK, PRECISION, UPCAST,
             )  # fmt: skip
@@ -121,8 +124,8 @@ def forward(
 
     met_any = total > 0.0
     out += split * out_split + batch * out_strides[0] + start * out_strides[1] + head * out_strides[2]
-    lse += split * lse_split + batch * lse_strides[0] + head * lse_strides[1] + start * lse_strides[2]
+    lse += split * lse_split + batch * lse_batch + head * lse_head + start * lse_row
     total = tl.where(met_any, total, 1.0)
     store_rows(out, at, out_strides[1], valid, acc / total[:, None], HEAD_DIM, BLOCK_DIM)
     logarithm = tl.where(met_any, (peak + tl.log2(total)) * LN_2, -float("inf"))
-    tl.store(lse + at.to(tl.int64) * lse_strides[2], logarithm, mask=valid)
+    tl.store(lse + at.to(tl.int64) * lse_row, logarithm, mask=valid)

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 
 from dilated_core.kernels.triton.programs.parts import (
+    COUNTS,
+    FLAT,
     LOG2_E,
     count_zero_keys,
     find_lane,
@@ -29,10 +31,10 @@ def _base_2(lse):
     return tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
 
 
-@triton.jit(do_not_specialize=["rows", "num_tiles", "batch_size", "heads"])
+@triton.jit(do_not_specialize=[*COUNTS, *FLAT])
 def row_sums(
     out, grad_out, lse, grad_lse, delta,
-    out_strides, grad_out_strides, lse_strides, grad_lse_strides, delta_strides,
+    out_strides, grad_out_strides, lse_batch, lse_head, lse_row, grad_lse_batch, grad_lse_head, grad_lse_row,
     rows, num_tiles, batch_size, heads,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
 ):  # fmt: skip
@@ -42,16 +44,16 @@ def row_sums(
     valid = at < rows
     out += batch * out_strides[0] + head * out_strides[2]
     grad_out += batch * grad_out_strides[0] + head * grad_out_strides[2]
-    product = load_rows(out, at, out_strides[1], valid, HEAD_DIM, BLOCK_DIM, True).to(tl.float32)
-    product *= load_rows(grad_out, at, grad_out_strides[1], valid, HEAD_DIM, BLOCK_DIM, True).to(tl.float32)
-    sums = tl.sum(product, 1)
+    products = load_rows(out, at, out_strides[1], valid, HEAD_DIM, BLOCK_DIM, True).to(tl.float32)
+    products *= load_rows(grad_out, at, grad_out_strides[1], valid, HEAD_DIM, BLOCK_DIM, True).to(tl.float32)
+    sums = tl.sum(products, 1)
     if HAS_GRAD_LSE:
-        own = lse + batch * lse_strides[0] + head * lse_strides[1] + at.to(tl.int64) * lse_strides[2]
+        own = lse + batch * lse_batch + head * lse_head + at.to(tl.int64) * lse_row
         finite = tl.abs(tl.load(own, mask=valid, other=0.0)) < float("inf")
-        grad = grad_lse + batch * grad_lse_strides[0] + head * grad_lse_strides[1]
+        grad = grad_lse + batch * grad_lse_batch + head * grad_lse_head
         # The lse of a row with no key is no number: nothing arrives through it.
-        sums -= tl.load(grad + at.to(tl.int64) * grad_lse_strides[2], mask=valid & finite, other=0.0)
-    delta += batch * delta_strides[0] + head * delta_strides[1] + at.to(tl.int64) * delta_strides[2]
+        sums -= tl.load(grad + at.to(tl.int64) * grad_lse_row, mask=valid & finite, other=0.0)
+    delta += (batch * heads + head) * rows + at
     tl.store(delta, sums, mask=valid)
 
 
@@ -81,10 +83,11 @@ def _score_keys(
     return key, weights, product(grad, tl.trans(value), PRECISION, UPCAST)
 
 
-@triton.jit(do_not_specialize=["rows", "others", "num_tiles", "num_branches", "batch_size", "heads", "group"])
+@triton.jit(do_not_specialize=[*COUNTS, *FLAT, "delta_branch"])
 def grad_query(
     q, k, v, real, grad_out, lse, delta, grad_q, order, head_class, tiles, branches, phases,
-    q_strides, k_strides, v_strides, real_strides, grad_out_strides, lse_strides, delta_strides, grad_q_strides,
+    q_strides, k_strides, v_strides, real_batch, real_head, real_row, grad_out_strides, lse_batch, lse_head, lse_row,
+    grad_q_strides,
     delta_branch, rows, others, num_tiles, num_branches, batch_size, heads, group, scale,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, ORDERED: tl.constexpr, PACKED: tl.constexpr,
@@ -104,11 +107,11 @@ def grad_query(
     q += batch * q_strides[0] + start * q_strides[1] + head * q_strides[2]
     k += batch * k_strides[0] + start * k_strides[1] + head // group * k_strides[2]
     v += batch * v_strides[0] + start * v_strides[1] + head // group * v_strides[2]
-    real += batch * real_strides[0] + head // group * real_strides[1] + start * real_strides[2]
+    real += batch * real_batch + head // group * real_head + start * real_row
     grad_out += batch * grad_out_strides[0] + start * grad_out_strides[1] + head * grad_out_strides[2]
     grad_q += batch * grad_q_strides[0] + start * grad_q_strides[1] + head * grad_q_strides[2]
-    lse += batch * lse_strides[0] + head * lse_strides[1] + (start + at) * lse_strides[2]
-    delta += batch * delta_strides[0] + head * delta_strides[1] + (start + at) * delta_strides[2]
+    lse += batch * lse_batch + head * lse_head + (start + at) * lse_row
+    delta += (batch * heads + head) * rows + start + at
     query = load_rows(q, at, q_strides[1], valid, HEAD_DIM, BLOCK_DIM, True)
     grad = load_rows(grad_out, at, grad_out_strides[1], valid, HEAD_DIM, BLOCK_DIM, True)
     row_lse = _base_2(tl.load(lse, mask=valid, other=float("inf")))
@@ -133,7 +136,7 @@ def grad_query(
             share = tl.zeros([BLOCK_ROWS], tl.float32)
             for number in range(low, high, BLOCK_OTHERS):
                 key, weights, grad_weights = _score_keys(
-                    query, grad, row_lse, at, member, segment, k, v, k_strides[1], v_strides[1], real, real_strides[2],
+                    query, grad, row_lse, at, member, segment, k, v, k_strides[1], v_strides[1], real, real_row,
                     number, high, base, segment_length, rate, phase, whole, factor,
                     HEAD_DIM, BLOCK_DIM, BLOCK_OTHERS, IS_CAUSAL, True, HAS_MASK, PRECISION, UPCAST,
                 )  # fmt: skip
@@ -148,14 +151,14 @@ def grad_query(
             tl.store(delta + branch * delta_branch, row_sum, mask=valid)
         for number in range(low, unmasked, BLOCK_OTHERS):
             key, weights, grad_weights = _score_keys(
-                query, grad, row_lse, at, member, segment, k, v, k_strides[1], v_strides[1], real, real_strides[2],
+                query, grad, row_lse, at, member, segment, k, v, k_strides[1], v_strides[1], real, real_row,
                 number, high, base, segment_length, rate, phase, whole, factor,
                 HEAD_DIM, BLOCK_DIM, BLOCK_OTHERS, IS_CAUSAL, False, HAS_MASK, PRECISION, UPCAST,
             )  # fmt: skip
             acc += product((weights * (grad_weights - row_sum[:, None])).to(key.dtype), key, PRECISION, UPCAST)
         for number in range(unmasked, high, BLOCK_OTHERS):
             key, weights, grad_weights = _score_keys(
-                query, grad, row_lse, at, member, segment, k, v, k_strides[1], v_strides[1], real, real_strides[2],
+                query, grad, row_lse, at, member, segment, k, v, k_strides[1], v_strides[1], real, real_row,
                 number, high, base, segment_length, rate, phase, whole, factor,
                 HEAD_DIM, BLOCK_DIM, BLOCK_OTHERS, IS_CAUSAL, True, HAS_MASK, PRECISION, UPCAST,
             )  # fmt: skip
@@ -167,7 +170,7 @@ def grad_query(
 @triton.jit
 def _collect(
     grad_key, grad_value, key, value, at, member, segment, real_row,
-    q, grad_out, lse, delta, q_stride, grad_out_stride, lse_stride, delta_stride,
+    q, grad_out, lse, delta, q_stride, grad_out_stride, lse_stride,
     number, high, base, segment_length, rate, phase, whole, factor,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr,
@@ -181,7 +184,7 @@ def _collect(
     grad = load_rows(grad_out, positions, grad_out_stride, keep, HEAD_DIM, BLOCK_DIM, MASKED)
     far = positions.to(tl.int64)
     row_lse = _base_2(tl.load(lse + far * lse_stride, mask=keep, other=float("inf")))
-    row_sum = tl.load(delta + far * delta_stride, mask=keep, other=0.0)
+    row_sum = tl.load(delta + far, mask=keep, other=0.0)
     weights = tl.exp2(product(key, tl.trans(query), PRECISION, UPCAST) * factor - row_lse[None, :])
     if MASKED:
         meets = member[:, None] & keep[None, :] & (segment[:, None] == met_segment[None, :])
@@ -196,12 +199,10 @@ def _collect(
     return grad_key, grad_value
 
 
-@triton.jit(
-    do_not_specialize=["rows", "others", "num_tiles", "num_branches", "batch_size", "heads", "group", "member_of_group"]
-)
+@triton.jit(do_not_specialize=[*COUNTS, *FLAT, "delta_branch", "shift"])
 def grad_key_value(
     q, k, v, real, grad_out, lse, delta, grad_k, grad_v, order, head_class, tiles, branches, phases,
-    q_strides, k_strides, v_strides, real_strides, grad_out_strides, lse_strides, delta_strides,
+    q_strides, k_strides, v_strides, real_batch, real_head, real_row, grad_out_strides, lse_batch, lse_head, lse_row,
     grad_k_strides, grad_v_strides,
     delta_branch, rows, others, num_tiles, num_branches, batch_size, heads, group, shift, scale,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
@@ -225,11 +226,11 @@ def grad_key_value(
     grad_out += batch * grad_out_strides[0] + start * grad_out_strides[1] + head * grad_out_strides[2]
     grad_k += batch * grad_k_strides[0] + start * grad_k_strides[1] + kv_head * grad_k_strides[2]
     grad_v += batch * grad_v_strides[0] + start * grad_v_strides[1] + kv_head * grad_v_strides[2]
-    lse += batch * lse_strides[0] + head * lse_strides[1] + start * lse_strides[2]
-    delta += batch * delta_strides[0] + head * delta_strides[1] + start * delta_strides[2]
+    lse += batch * lse_batch + head * lse_head + start * lse_row
+    delta += (batch * heads + head) * others + start
     real_row = valid
     if HAS_MASK:
-        real += batch * real_strides[0] + kv_head * real_strides[1] + (start + at) * real_strides[2]
+        real += batch * real_batch + kv_head * real_head + (start + at) * real_row
         real_row = valid & (tl.load(real, mask=valid, other=0) != 0)
     key = load_rows(k, at, k_strides[1], real_row, HEAD_DIM, BLOCK_DIM, True)
     value = load_rows(v, at, v_strides[1], real_row, HEAD_DIM, BLOCK_DIM, True)
@@ -253,7 +254,7 @@ def grad_key_value(
         for number in range(common, end, BLOCK_OTHERS):
             grad_key, grad_value = _collect(
                 grad_key, grad_value, key, value, at, member, segment, real_row,
-                q, grad_out, lse, branch_delta, q_strides[1], grad_out_strides[1], lse_strides[2], delta_strides[2],
+                q, grad_out, lse, branch_delta, q_strides[1], grad_out_strides[1], lse_row,
                 number, high, base, segment_length, rate, phase, whole, factor,
                 HEAD_DIM, BLOCK_DIM, BLOCK_OTHERS, IS_CAUSAL, False, HAS_MASK, PRECISION, UPCAST,
             )  # fmt: skip
@@ -263,7 +264,7 @@ def grad_key_value(
             number = tl.where(block < before, low + block * BLOCK_OTHERS, end + (block - before) * BLOCK_OTHERS)
             grad_key, grad_value = _collect(
                 grad_key, grad_value, key, value, at, member, segment, real_row,
-                q, grad_out, lse, branch_delta, q_strides[1], grad_out_strides[1], lse_strides[2], delta_strides[2],
+                q, grad_out, lse, branch_delta, q_strides[1], grad_out_strides[1], lse_row,
                 number, high, base, segment_length, rate, phase, whole, factor,
                 HEAD_DIM, BLOCK_DIM, BLOCK_OTHERS, IS_CAUSAL, True, HAS_MASK, PRECISION, UPCAST,
             )  # fmt: skip

@@ -4,6 +4,10 @@
 import triton
 import triton.language as tl
 
+# Arguments that change with the data. Triton would compile anew for a number that is 1 or a multiple of 16; for the
+# strides of rows it should, as they say how wide the loads may be.
+COUNTS = ("rows", "others", "num_tiles", "num_branches", "batch_size", "heads", "group")
+FLAT = tuple(f"{of}_{dim}" for of in ("real", "lse", "grad_lse") for dim in ("batch", "head", "row"))
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Beyond every position, and less than int32 can hold.
