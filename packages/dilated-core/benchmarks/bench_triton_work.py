@@ -18,6 +18,8 @@ import argparse
 import heapq
 import json
 from collections.abc import Iterable, Iterator
+from itertools import groupby, product
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,20 +131,21 @@ def walk(met: Met, which: Pass, others: int, is_causal: bool) -> Walk:
     return Walk(plain, masked, high - low)
 
 
-def walk_all(
-    orders: Iterable[Tensor], branches: Branches, heads: Iterable[int], which: Pass, blocks: tuple[int, int],
-    is_causal: bool,
-) -> Walk:  # fmt: skip
-    """What all tiles walk of all branches, one head after the other: its order, (rows,), and its number."""
-    rows, others = blocks
-    of_heads = []
+def meet_all(orders: Iterable[Tensor], branches: Branches, heads: Iterable[int], rows: int) -> Iterator[list[Met]]:
+    """What all tiles meet of every branch, one head after the other: its order, (rows,), and its number."""
     for order, head in zip(orders, heads, strict=True):
         tiles = cut(order, rows)
-        seq_len = int(order.max()) + 1
-        found = [
-            walk(meet(tiles, pair, phases[head], seq_len), which, others, is_causal)
+        yield [
+            meet(tiles, pair, phases[head], len(order))
             for pair, phases in zip(branches.pairs, branches.phases, strict=True)
         ]
+
+
+def walk_all(met: Iterable[list[Met]], which: Pass, others: int, is_causal: bool) -> Walk:
+    """What all tiles walk of all branches, one head after the other."""
+    of_heads = []
+    for of_branches in met:
+        found = [walk(branch, which, others, is_causal) for branch in of_branches]
         of_heads.append(Walk(*(torch.stack(parts).sum(0) for parts in zip(*found, strict=True))))
     return Walk(*(torch.cat(parts) for parts in zip(*of_heads, strict=True)))
 
@@ -166,22 +169,22 @@ def make_branches(pattern: DilatedPattern, heads: int) -> Branches:
 def count(
     pattern: DilatedPattern, heads: int, seq_len: int, blocks: Iterable[tuple[int, int]], orders: Iterable[str] = ORDERS
 ) -> Iterator[dict[str, object]]:
-    """One row for each size of blocks, order of rows and pass, causal and not: all heads, one of every class walked."""
+    """One row for each order, size of blocks and pass, causal and not: of all heads, one of every class walked."""
     branches = make_branches(pattern, heads)
     first, of_head = branches.head_classes()
     tables = make_tables(branches, [(0, seq_len)], CPU)
     as_they_come = torch.arange(seq_len, dtype=torch.int32)
     ordered = [as_they_come] * len(first) if tables.order is None else list(tables.order)
-    for sizes in blocks:
-        for name in orders:
-            lines = ordered if name == "chosen" else [as_they_come] * len(first)
-            for which in PASSES:
-                for is_causal in (False, True):
-                    walked = walk_all(lines, branches, first, which, sizes, is_causal)
-                    of_heads = Walk(*(part.view(len(first), -1)[of_head].flatten() for part in walked))
-                    needed = pattern.pairs(seq_len, heads, is_causal=is_causal)
-                    case = {"order": name, "pass": which, "is_causal": is_causal}
-                    yield {**case, **summary(of_heads, sizes, needed)}
+    for name in orders:
+        lines = ordered if name == "chosen" else [as_they_come] * len(first)
+        for rows, of_rows in groupby(sorted(blocks), key=itemgetter(0)):
+            met = list(meet_all(lines, branches, first, rows))
+            for (_, others), which, is_causal in product(of_rows, PASSES, (False, True)):
+                walked = walk_all(met, which, others, is_causal)
+                of_heads = Walk(*(part.view(len(first), -1)[of_head].flatten() for part in walked))
+                needed = pattern.pairs(seq_len, heads, is_causal=is_causal)
+                case = {"order": name, "pass": which, "is_causal": is_causal}
+                yield {**case, **summary(of_heads, (rows, others), needed)}
 
 
 def summary(walked: Walk, sizes: tuple[int, int], needed: int) -> dict[str, object]:
@@ -243,6 +246,14 @@ def table(rows: list[dict[str, object]]) -> list[str]:
     return lines
 
 
+def gain(rows: list[dict[str, object]]) -> str:
+    """What the order brings, over all rows of the forward with the chosen blocks."""
+    shown = [row for row in rows if (row["pass"], row["rows"], row["others"]) == ("forward", *chosen("forward"))]
+    ordered, plain = ([row["work_over_needed"] for row in shown if row["order"] == name] for name in ORDERS)
+    ratios = [without / with_it for with_it, without in zip(ordered, plain, strict=True)]
+    return f"The order divides the work of the forward by {min(ratios):.1f} to {max(ratios):.1f}.\n\n" if ratios else ""
+
+
 def report(rows: list[dict[str, object]], environment: dict[str, object]) -> str:
     """The page that lands beside the JSON."""
     blocks = ", ".join(f"{which} {' x '.join(map(str, chosen(which)))}" for which in PASSES)
@@ -262,7 +273,11 @@ def report(rows: list[dict[str, object]], environment: dict[str, object]) -> str
         "time, over the earliest possible: a model, in which launch order alone matters.\n\n"
         f"Rows x others of a block, as chosen for head_dim {HEAD_DIM} on compute capability "
         f"{'.'.join(map(str, CARD))}: {blocks}. Others are in the JSON. One head of every class is counted, with the "
-        "number of heads that are like it.\n\n" + "\n".join([HEADER, *table(rows)]) + "\n"
+        "number of heads that are like it. In Triton's interpreter the kernel itself takes as many steps as are "
+        "counted here (`tests/test_triton_work.py`, in small).\n\n"
+        + gain(rows)
+        + "\n".join([HEADER, *table(rows)])
+        + "\n"
     )
 
 

@@ -24,7 +24,7 @@ from dilated_core import (
 )
 from dilated_core.kernels.triton import blocks, launch, tuning
 from dilated_core.kernels.triton import kernel as triton_kernel
-from dilated_core.kernels.triton.schedule import Branches, make_tables, row_order
+from dilated_core.kernels.triton.schedule import Branches, cell_length, make_tables, row_order
 from dilated_core.kernels.triton.tuning import tune
 
 pytest.importorskip("triton")
@@ -139,9 +139,16 @@ def test_the_order_brings_rows_of_the_same_branches_together() -> None:
     phases = torch.tensor([[0, 1], [0, 0], [0, 3]])
     order = row_order(branches, phases, [(0, 8), (8, 14)])
     assert order.tolist() == [
-        [1, 3, 2, 0, 5, 7, 6, 4, 9, 11, 10, 8, 13, 12],
-        [0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 13],
+        [2, 0, 1, 3, 7, 5, 4, 6, 10, 8, 9, 11, 13, 12],
+        [1, 3, 0, 2, 6, 4, 7, 5, 9, 11, 8, 10, 12, 13],
     ]
+
+
+def test_few_rows_with_many_keys_are_grouped_over_several_of_the_shortest_segments() -> None:
+    assert cell_length([(1024, 1), (185363, 8), (1048576, 16)], longest=1048576) == 2048  # 128 rows of rate 16
+    assert cell_length([(1024, 1), (185363, 8), (1048576, 16)], longest=32768) == 1024  # they meet 2,048 keys
+    assert cell_length([(2048, 1), (32768, 12)], longest=32768) == 2048  # 170 rows of rate 12
+    assert cell_length([(32768, 12)], longest=100_000) == 32768
 
 
 def test_heads_of_equal_phases_share_an_order() -> None:

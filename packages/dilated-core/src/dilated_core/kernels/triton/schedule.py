@@ -1,8 +1,8 @@
 """In which order the rows of a head are cut into tiles, so that rows of one tile meet the same keys. Imports torch.
 
-The programs are right for any order; this one makes them fast. Within each of the shortest segments, rows that lie on
-the grids of the same branches come together, those of the smallest rate first. A tile then needs few masks, and wastes
-work only where it holds the end of one such group and the start of the next.
+The programs are right for any order; this one makes them fast. Within each cell, one or a few of the shortest
+segments, rows that lie on the grids of the same branches come together. A tile then needs few masks, and wastes work
+only where it holds the end of one such group and the start of the next.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 
 # Branches that the order looks at: their bits and a position share an int64.
 SORTED_BRANCHES = 31
+# Rows that the largest tile has: see ``cell_length``.
+TILE_ROWS = 128
 INT32_MAX = 2**31 - 1
 
 
@@ -96,28 +98,60 @@ def make_tables(branches: Branches, bounds: Sequence[tuple[int, int]], device: t
 
 
 def row_order(branches: Tensor, phases: Tensor, bounds: Sequence[tuple[int, int]]) -> Tensor:
-    """Rows by shortest segment, then by the branches they lie on, then by position: (classes, rows), int32.
+    """Rows by cell, then by the branches they lie on, then by position: (classes, rows), int32.
+
+    The groups of a cell follow in the order of a Gray code, those of the next cell the other way round, so that groups
+    that share a tile differ in few branches. Positions run up in one group and down in the next, so that rows that
+    share a tile lie near each other: a causal one walks from the first row's keys to the last row's.
 
     Args:
         branches: (branches, 2), segment lengths and rates; phases: (branches, classes).
 
     >>> branches, phases = torch.tensor([[4, 1], [8, 2]]), torch.tensor([[0], [0]])
-    >>> row_order(branches, phases, [(0, 8)]).tolist()  # of each four, the odd rows first: they lie on one branch only
-    [[1, 3, 0, 2, 5, 7, 4, 6]]
+    >>> row_order(branches, phases, [(0, 8)]).tolist()  # of each four, the odd rows by themselves: on one branch only
+    [[0, 2, 3, 1, 5, 7, 6, 4]]
     """
     starts, stops = torch.tensor(bounds, dtype=torch.int64, device=branches.device).unbind(1)
     rows = int(bounds[-1][1])
     start = torch.repeat_interleave(starts, stops - starts, output_size=rows)
     local = torch.arange(rows, device=branches.device) - start
+    longest = max(stop - start for start, stop in bounds)
     by_rate = branches[:, 1].argsort(stable=True)[:SORTED_BRANCHES]
-    shortest = start + local - local % branches[:, 0].min()
+    pairs = branches[by_rate].tolist()
     classes = []
-    for of_class in phases[by_rate].T:  # one by one: in long sequences the keys of all would take much memory
-        key = shortest
-        for (length, rate), phase in zip(branches[by_rate], of_class, strict=True):
-            key = 2 * key + (local % length % rate == phase)
-        classes.append(key.argsort(stable=True).int())
+    for of_class in phases[by_rate].T.tolist():  # one by one: in long sequences the keys of all would take much memory
+        own = [(length, rate, phase) for (length, rate), phase in zip(pairs, of_class, strict=True) if phase >= 0]
+        cell = cell_length([(length, rate) for length, rate, _ in own], longest)
+        key = start + local - local % cell
+        digit = local // cell % 2
+        for length, rate, phase in own:
+            digit = digit ^ (local % length % rate == phase)
+            key = 2 * key + digit
+        order = key.argsort(stable=True)
+        group = (key[order].diff(prepend=key[order[:1]]) != 0).cumsum(0)
+        place = torch.where(group % 2 == 0, order, rows - 1 - order)
+        classes.append(order[(group * rows + place).argsort()].int())
     return torch.stack(classes)
+
+
+def cell_length(pairs: Sequence[tuple[int, int]], longest: int) -> int:
+    """How many positions to group rows in, at least the shortest segment: of (length, rate) pairs, by rate.
+
+    The rows of the largest rate should fill a tile, or else they share it with rows that do not meet their keys. But
+    a tile over several of the shortest segments walks the keys of all these: fewer than the largest rate's, it should.
+
+    >>> cell_length([(1024, 1), (65536, 16)], longest=65536)  # 64 rows of rate 16 in 1,024; they meet 4,096 keys
+    2048
+    >>> cell_length([(1024, 1), (8192, 16)], longest=65536)  # they meet 512 keys: fewer than one more segment has
+    1024
+    """
+    if not pairs:
+        return longest
+    cell, its_rate = min(pairs)
+    length, rate = pairs[-1]
+    while cell < TILE_ROWS * rate and 2 * cell // its_rate < min(length, longest) // rate:
+        cell *= 2
+    return cell
 
 
 def make_tiles(bounds: Sequence[tuple[int, int]], block: int, device: torch.device) -> Tensor:
