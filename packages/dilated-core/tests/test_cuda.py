@@ -166,7 +166,7 @@ def test_triton_compiles_nothing_for_a_new_length_or_pattern() -> None:
         torch.autograd.grad(out, query, torch.randn_like(out))
 
     def compiled() -> int:
-        jitted = (programs.forward, programs.row_sums, programs.grad_query, programs.grad_key_value)
+        jitted = (programs.forward, programs.row_stats, programs.grad_query, programs.grad_key_value)
         return sum(len(caches[0]) for program in jitted for caches in program.device_caches.values())
 
     attend(1000, [128, 512], [1, 4])

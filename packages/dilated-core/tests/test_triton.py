@@ -194,6 +194,15 @@ def test_what_padding_holds_has_no_influence() -> None:
         assert torch.equal(zeros, nans)
 
 
+def test_rates_beyond_every_length() -> None:
+    query = torch.randn(1, 5, 2, 8)
+    for rate in (7, 2**31 - 1, 2**32):
+        ours, exact = (
+            dilated_attention(query, query, query, [2**33], [rate], kernel=name) for name in ("triton", "math")
+        )
+        assert torch.allclose(ours, exact, atol=1e-6)
+
+
 def test_bits_are_the_same_at_every_run() -> None:
     case = replace(SMALL, heads=2, kv_heads=1)
     first, second = (run(case, torch.float32, kernel="triton", with_lse=True) for _ in range(2))

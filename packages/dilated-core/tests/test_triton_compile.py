@@ -18,7 +18,7 @@ from triton_compile import REGISTERS_PER_THREAD, SHARED_PER_BLOCK, Case, Compile
 pytest.importorskip("triton")
 
 CORNERS = [
-    Case("row_sums", 80, 48, "bfloat16"),
+    Case("row_stats", 80, 48, "bfloat16"),
     Case("forward", 80, 16, "bfloat16", ordered=False),
     Case("forward", 90, 48, "float16", torchscale=True, masked=True),
     Case("forward", 90, 64, "bfloat16", is_causal=True, masked=True, packed=True, grouped=True),
@@ -71,7 +71,7 @@ def faults(case: Case, made: Compiled) -> list[str]:
         "registers": 0 < made.registers <= REGISTERS_PER_THREAD,
         "a block fits a multiprocessor": made.blocks_per_processor(case.arch) >= 1,
     }
-    if case.program != "row_sums":
+    if case.program != "row_stats":
         checks |= {
             "loops with a mask and without": made.loops >= 2,
             "spills in loops": made.loop_spills <= MOST_LOOP_SPILLS,
@@ -104,9 +104,9 @@ def test_no_length_and_no_batch_compiles_anything_new() -> None:
     ask = """
 from triton_compile import Case, variants
 sizes = [(2, 4096), (2, 4095), (1, 16), (3, 17), (1, 2), (16, 1000)]
-for program in ("forward", "row_sums", "grad_query", "grad_key_value"):
+for program in ("forward", "row_stats", "grad_query", "grad_key_value"):
     for options in ({}, {"is_causal": True, "masked": True, "packed": True, "grouped": True}, {"torchscale": True}):
-        if program != "row_sums" or not options:
+        if program != "row_stats" or not options:
             print(variants(Case(program, 90, 64, "bfloat16", **options), sizes))
 """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

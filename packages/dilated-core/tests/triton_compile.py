@@ -91,7 +91,7 @@ class Compiled(NamedTuple):
     """What the compiler made of a case.
 
     Attributes:
-        blocks: rows, others (0 for row_sums, which walks none), warps and stages that it was compiled for.
+        blocks: rows, others (0 for row_stats, which walks none), warps and stages that it was compiled for.
         registers: of a thread.
         stack: bytes of local memory of a thread: the programs have no arrays, so this is what registers spill to.
         loops: how many innermost loops, those over blocks.
@@ -237,7 +237,7 @@ def _launch(case: Case, batch: int, rows: int) -> None:
     if case.program == "forward":
         launch.forward(work, out, lse)
         return
-    cotangents = launch.Cotangents(grad_out, lse, launch.row_sums(work, grad_out, None, out, lse))
+    cotangents = launch.Cotangents(grad_out, launch.row_stats(work, grad_out, None, out, lse))
     if case.program == "grad_query":
         launch.grad_query(work, cotangents, _tensor(*query.shape, dtype=dtype))
     elif case.program == "grad_key_value":

@@ -19,6 +19,8 @@ from dilated_core.kernels.triton.schedule import INT32_MAX, Branches, Tables, ma
 from dilated_core.partial import merge_stack
 
 MAX_HEAD_DIM = 256
+# Positions are 32-bit numbers, with room for one above them all.
+MAX_TOKENS = (1 << 30) - 1
 # Compute capability that the programs are compiled and checked for: Ampere, and later.
 AMPERE = (8, 0)
 # A launch of fewer programs than the card has processors is cut into shares of the keys, of so many blocks at least.
@@ -156,9 +158,15 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def _check_length(tokens: int) -> None:
+    if tokens > MAX_TOKENS:
+        raise ValueError(f'kernel: "triton" takes at most {MAX_TOKENS} tokens, got {tokens}')
+
+
 def _tile_work(problem: Problem) -> Work:
     """A tile as an attention of one branch that holds all rows. Made by device operations alone: they are captured."""
     query, key, value = (tensor.transpose(1, 2) for tensor in problem[:3])
+    _check_length(max(query.shape[1], key.shape[1]))
     device, heads = query.device, query.shape[2]
     branches = torch.ones(1, 2, dtype=torch.int32, device=device)
     branches[:, 0].fill_(INT32_MAX)
@@ -168,6 +176,7 @@ def _tile_work(problem: Problem) -> Work:
 
 def _whole_work(attention: Attention, store: Store | None) -> Work:
     query, key, value, real, branches, bounds, is_causal, scale, torchscale = attention
+    _check_length(query.shape[1])
     if real is not None:
         real = real.unsqueeze(1).expand(-1, key.shape[2], -1)
     return Work(

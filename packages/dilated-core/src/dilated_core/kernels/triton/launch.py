@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from functools import cache
 from types import ModuleType
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from dilated_core.kernels.triton.blocks import INTERPRETED, Blocks, Pass, block_dim, choose_blocks, tuned_blocks
 from dilated_core.kernels.triton.schedule import Tables, make_tiles
+
+# The smallest normal float32. A factor that becomes 0, times the -inf of a row without keys, would be no number.
+SMALLEST_SCALE = 2.0**-126
 
 
 class Work(NamedTuple):
@@ -81,8 +85,8 @@ def _forward(work: Work, outs: Tensor, lses: Tensor) -> None:
         programs().forward[(num_tiles * heads * query.shape[0] * splits,)](
             query, work.key, work.value, _or(work.real, lses), outs, lses, *_tables(work, tiles),
             *_strides(query, work.key, work.value), *_mask_strides(work.real), *_strides(outs[0]), *lses.stride()[1:],
-            outs.stride(0), lses.stride(0),
-            rows, work.key.shape[1], num_tiles, *_counts(work), splits, work.scale,
+            outs.stride(0) if splits > 1 else 0, lses.stride(0) if splits > 1 else 0,
+            rows, work.key.shape[1], num_tiles, *_counts(work), splits, max(work.scale, SMALLEST_SCALE),
             **_options(work, tiles, blocks), ZERO_KEYS=work.zero_keys,
         )  # fmt: skip
 
@@ -97,17 +101,15 @@ def useful_splits(work: Work, processors: int, fewest_blocks: int) -> int:
 
 
 class Cotangents(NamedTuple):
-    """What the backward programs read beside the inputs: see ``row_sums``.
+    """What the backward programs read beside the inputs: see ``row_stats``.
 
     Attributes:
         grad_out: like query, last stride 1.
-        lse: (batch, heads, rows), -inf or +inf in a row with no key.
-        delta: (batch, heads, rows), float32, contiguous; for torchscale with a first dimension of branches.
+        stats: (batch, heads, rows, 2), float32, contiguous; for torchscale with a first dimension of branches.
     """
 
     grad_out: Tensor
-    lse: Tensor
-    delta: Tensor
+    stats: Tensor
 
 
 def backward(
@@ -120,7 +122,7 @@ def backward(
         grads: places like query, key and value, of any dtype. Where heads share keys, those of key and value are
             float32: they are summed there, one launch a head of each group.
     """
-    cotangents = Cotangents(grad_out, lse, row_sums(work, grad_out, grad_lse, out, lse))
+    cotangents = Cotangents(grad_out, row_stats(work, grad_out, grad_lse, out, lse))
     grad_query(work, cotangents, grads[0])  # first: for torchscale it completes the row sums
     grad_key_value(work, cotangents, grads[1], grads[2])
 
@@ -133,7 +135,7 @@ def grad_query(work: Work, cotangents: Cotangents, grad: Tensor) -> None:
     with _on_device(work.query):
         programs().grad_query[(num_tiles * heads * batch_size,)](
             *_inputs(work, cotangents), grad, *_tables(work, tiles),
-            *_input_strides(work, cotangents), *_strides(grad), _delta_branch(work, cotangents),
+            *_input_strides(work, cotangents), *_strides(grad), _stats_branch(work, cotangents),
             rows, work.key.shape[1], num_tiles, *_counts(work), work.scale,
             **_options(work, tiles, blocks), OWN_SUMS=work.torchscale,
         )  # fmt: skip
@@ -148,53 +150,54 @@ def grad_key_value(work: Work, cotangents: Cotangents, grad_key: Tensor, grad_va
         for shift in range(work.query.shape[2] // kv_heads):
             programs().grad_key_value[(num_tiles * kv_heads * batch_size,)](
                 *_inputs(work, cotangents), grad_key, grad_value, *_tables(work, tiles),
-                *_input_strides(work, cotangents), *_strides(grad_key, grad_value), _delta_branch(work, cotangents),
+                *_input_strides(work, cotangents), *_strides(grad_key, grad_value), _stats_branch(work, cotangents),
                 others, work.query.shape[1], num_tiles, *_counts(work), shift, work.scale,
                 **_options(work, tiles, blocks), ADD=shift > 0,
             )  # fmt: skip
 
 
-def row_sums(work: Work, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
-    """rowsum(grad_out * out) - grad_lse, (batch, heads, rows), float32.
+def row_stats(work: Work, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
+    """Of each row lse in base 2, +inf where it has no key, and rowsum(grad_out * out) - grad_lse.
 
-    For torchscale, (branches, batch, heads, rows), with what grad_lse brings alone: the rest differs by branch.
+    (batch, heads, rows, 2), float32, contiguous. For torchscale, (branches, batch, heads, rows, 2), the second number
+    without the row sum, which differs by branch.
     """
     if work.torchscale:
-        branches = work.tables.branches.shape[0]
-        if grad_lse is None:
-            return torch.zeros(branches, *lse.shape, dtype=torch.float32, device=lse.device)
-        return -grad_lse.masked_fill(lse.isinf(), 0.0).float().expand(branches, *lse.shape).contiguous()
+        no_key = lse.isinf()
+        base_2 = (lse * math.log2(math.e)).masked_fill_(no_key, math.inf)
+        rest = torch.zeros_like(base_2) if grad_lse is None else -grad_lse.masked_fill(no_key, 0.0).float()
+        stats = torch.stack([base_2, rest], -1)
+        return stats.expand(work.tables.branches.shape[0], *stats.shape).contiguous()
     batch_size, rows, heads, head_dim = out.shape
-    delta = torch.empty(lse.shape, dtype=torch.float32, device=lse.device)
+    stats = torch.empty(*lse.shape, 2, dtype=torch.float32, device=lse.device)
     block = INTERPRETED.rows if interpreted() else 64
     num_tiles = -(-rows // block)
     grad = _or(grad_lse, lse)
     with _on_device(out):
-        programs().row_sums[(num_tiles * heads * batch_size,)](
-            out, grad_out, lse, grad, delta, *_strides(out, grad_out), *lse.stride(), *grad.stride(),
+        programs().row_stats[(num_tiles * heads * batch_size,)](
+            out, grad_out, lse, grad, stats, *_strides(out, grad_out), *lse.stride(), *grad.stride(),
             rows, num_tiles, batch_size, heads,
             HEAD_DIM=head_dim, BLOCK_DIM=block_dim(head_dim), BLOCK_ROWS=block, HAS_GRAD_LSE=grad_lse is not None,
         )  # fmt: skip
-    return delta
+    return stats
 
 
 # ------------------------------------------------------------------------------------------------ arguments
 
 
 def _inputs(work: Work, cotangents: Cotangents) -> tuple[Tensor, ...]:
-    grad_out, lse, delta = cotangents
-    return work.query, work.key, work.value, _or(work.real, lse), grad_out, lse, delta
+    grad_out, stats = cotangents
+    return work.query, work.key, work.value, _or(work.real, stats), grad_out, stats
 
 
 def _input_strides(work: Work, cotangents: Cotangents) -> tuple[tuple[int, ...] | int, ...]:
-    grad_out, lse, _ = cotangents
     of_qkv = _strides(work.query, work.key, work.value)
-    return (*of_qkv, *_mask_strides(work.real), *_strides(grad_out), *lse.stride())
+    return (*of_qkv, *_mask_strides(work.real), *_strides(cotangents.grad_out))
 
 
-def _delta_branch(work: Work, cotangents: Cotangents) -> int:
-    """Elements from the row sums of one branch to the next."""
-    return cotangents.delta.stride(0) if work.torchscale else 0
+def _stats_branch(work: Work, cotangents: Cotangents) -> int:
+    """Elements from the stats of one branch to the next."""
+    return cotangents.stats.stride(0) if work.torchscale else 0
 
 
 def _blocks(which: Pass, work: Work) -> Blocks:

@@ -18,6 +18,8 @@ SORTED_BRANCHES = 31
 # Rows that the largest tile has: see ``cell_length``.
 TILE_ROWS = 128
 INT32_MAX = 2**31 - 1
+# Such a rate, or a larger one, keeps one position of any sequence; a segment length and a rate fit an int32 together.
+LARGEST_RATE = 1 << 30
 
 
 class Branches(NamedTuple):
@@ -78,9 +80,9 @@ def make_tables(branches: Branches, bounds: Sequence[tuple[int, int]], device: t
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "dilated_attention: a CUDA graph can be captured only after a call of the same sizes, which prepares what "
-            'kernel="triton" reads; call it once before the capture'
+            'kernel="triton" reads; call it before the capture, with no more than a few other sizes in between'
         )
-    pairs = [[min(length, INT32_MAX), rate] for length, rate in branches.pairs]
+    pairs = [[min(length, INT32_MAX), min(rate, LARGEST_RATE)] for length, rate in branches.pairs]
     tables = Tables(
         torch.tensor(pairs, dtype=torch.int32, device=device),
         torch.tensor(branches.phases, dtype=torch.int32, device=device),

@@ -83,7 +83,7 @@ def _tune_one(
     candidates: Sequence[Blocks] | None,
     seq_len: int,
 ) -> Iterator[Trial]:
-    from triton.runtime.errors import OutOfResources
+    from triton.errors import TritonError
 
     from dilated_core.measure import interleaved
 
@@ -98,7 +98,7 @@ def _tune_one(
     for blocks in tried:
         try:
             found = run(blocks)
-        except OutOfResources as error:
+        except TritonError as error:  # too large for the card, or for the compiler
             yield Trial(which, head_dim, dtype, blocks, None, str(error))
             continue
         expected = expected or [result.clone() for result in found]
@@ -124,7 +124,7 @@ def _problem(
     out, lse = torch.empty_like(query), torch.empty(1, HEADS, seq_len, device=device)
     grads = [torch.empty_like(tensor) for tensor in (query, key, value)]
     launch.forward(work, out, lse)
-    cotangents = launch.Cotangents(grad_out, lse, launch.row_sums(work, grad_out, None, out, lse))
+    cotangents = launch.Cotangents(grad_out, launch.row_stats(work, grad_out, None, out, lse))
 
     def run(blocks: Blocks) -> list[Tensor]:
         tried = work._replace(blocks={which: blocks})

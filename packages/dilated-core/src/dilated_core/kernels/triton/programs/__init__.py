@@ -11,7 +11,7 @@ Numbers that change from call to call (lengths, branches, phases) are data: no n
 Arguments that all programs share:
     q, k, v, ...: tensors (batch, seq, heads, head_dim), last stride 1; ``*_strides``: of batch, seq and head.
     lse, grad_lse: float32 (batch, heads, seq); ``*_batch``, ``*_head``, ``*_row``: their strides.
-    delta: float32 (batch, heads, seq), contiguous.
+    stats: float32 (batch, heads, seq, 2), contiguous; see ``row_stats``.
     real: (batch, kv_heads, seq), bool, True where a key is attended, and its strides; read only with HAS_MASK.
     order: (classes, rows), int32, positions; head_class: (heads,), int32. Read only with ORDERED.
     tiles: (tiles, 3), int32: where a tile's rows begin in the order, where its sequence starts and stops. Read only
@@ -22,6 +22,6 @@ Arguments that all programs share:
 """
 
 from dilated_core.kernels.triton.programs.attend import forward
-from dilated_core.kernels.triton.programs.differentiate import grad_key_value, grad_query, row_sums
+from dilated_core.kernels.triton.programs.differentiate import grad_key_value, grad_query, row_stats
 
-__all__ = ["forward", "grad_key_value", "grad_query", "row_sums"]
+__all__ = ["forward", "grad_key_value", "grad_query", "row_stats"]

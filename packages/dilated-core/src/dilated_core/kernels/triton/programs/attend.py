@@ -30,32 +30,31 @@ def _attend(
     IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """A step of the online softmax, in base 2, over one block of keys."""
-    positions, met_segment, keep = find_others(
-        number + tl.arange(0, BLOCK_OTHERS), high, base, segment_length, rate, phase, whole, real, real_stride,
-        MASKED, HAS_MASK,
-    )  # fmt: skip
-    key = load_rows(k, positions, k_stride, keep, HEAD_DIM, BLOCK_DIM, MASKED or HAS_MASK)
-    value = load_rows(v, positions, v_stride, keep, HEAD_DIM, BLOCK_DIM, MASKED or HAS_MASK)
-    scores = product(query, tl.trans(key), PRECISION, UPCAST) * factor
+    """A step of the online softmax over one block of keys. ``peak`` is of scores before ``factor``, which is > 0."""
+    begin, positions, met_segment, keep = find_others(
+        number, high, base, segment_length, rate, phase, whole, real, real_stride, BLOCK_OTHERS, MASKED, HAS_MASK
+    )
+    key = load_rows(k + begin * k_stride, positions, k_stride, keep, HEAD_DIM, BLOCK_DIM, MASKED or HAS_MASK)
+    value = load_rows(v + begin * v_stride, positions, v_stride, keep, HEAD_DIM, BLOCK_DIM, MASKED or HAS_MASK)
+    scores = product(query, tl.trans(key), PRECISION, UPCAST)
     if MASKED:
-        meets = member[:, None] & keep[None, :] & (segment[:, None] == met_segment[None, :])
+        meets = tl.where(member, segment, -1)[:, None] == tl.where(keep, met_segment, -2)[None, :]
         if IS_CAUSAL:
             meets = meets & (positions[None, :] <= at[:, None])
         scores = tl.where(meets, scores, -float("inf"))
     elif HAS_MASK:
         scores = tl.where(keep[None, :], scores, -float("inf"))
     higher = tl.maximum(peak, tl.max(scores, 1))
-    shift = higher
+    shift = higher * factor
     if MASKED or HAS_MASK:  # a row that has met no key yet stays at -inf, and -inf less -inf is no number
-        shift = tl.where(higher == -float("inf"), 0.0, higher)
-    weights = tl.exp2(scores - shift[:, None])
-    kept = tl.exp2(peak - shift)
+        shift = tl.where(higher == -float("inf"), 0.0, shift)
+    weights = tl.exp2(scores * factor - shift[:, None])  # one instruction each, a multiplication and a subtraction
+    kept = tl.exp2(peak * factor - shift)
     acc = acc * kept[:, None] + product(weights.to(value.dtype), value, PRECISION, UPCAST)
     return acc, total * kept + tl.sum(weights, 1), higher
 
 
-@triton.jit(do_not_specialize=[*COUNTS, *FLAT, "splits", "out_split", "lse_split"])
+@triton.jit(do_not_specialize=[*COUNTS, *FLAT, "splits", "lse_split"])
 def forward(
     q, k, v, real, out, lse, order, head_class, tiles, branches, phases,
     q_strides, k_strides, v_strides, real_batch, real_head, real_row, out_strides, lse_batch, lse_head, lse_row,
@@ -98,7 +97,7 @@ def forward(
         common = tl.where(same, common, low)
         # This split's share, in whole blocks.
         share = tl.cdiv(tl.cdiv(high - low, BLOCK_OTHERS), splits) * BLOCK_OTHERS
-        low += split * share
+        low += split.to(tl.int32) * share
         high = tl.minimum(high, low + share)
         unmasked = low + tl.maximum(tl.minimum(common, high) - low, 0) // BLOCK_OTHERS * BLOCK_OTHERS
         for number in range(low, unmasked, BLOCK_OTHERS):
@@ -116,8 +115,8 @@ def forward(
         if ZERO_KEYS:
             count = count_zero_keys(segment, member, segment_length, rate, phase, met)
             higher = tl.where(count > 0, tl.maximum(peak, 0.0), peak)
-            shift = tl.where(higher == -float("inf"), 0.0, higher)
-            kept = tl.exp2(peak - shift)
+            shift = tl.where(higher == -float("inf"), 0.0, higher * factor)
+            kept = tl.exp2(peak * factor - shift)
             acc = acc * kept[:, None]
             total = total * kept + count * tl.exp2(-shift)
             peak = higher
@@ -127,5 +126,5 @@ def forward(
     lse += split * lse_split + batch * lse_batch + head * lse_head + start * lse_row
     total = tl.where(met_any, total, 1.0)
     store_rows(out, at, out_strides[1], valid, acc / total[:, None], HEAD_DIM, BLOCK_DIM)
-    logarithm = tl.where(met_any, (peak + tl.log2(total)) * LN_2, -float("inf"))
+    logarithm = tl.where(met_any, (peak * factor + tl.log2(total)) * LN_2, -float("inf"))
     tl.store(lse + at.to(tl.int64) * lse_row, logarithm, mask=valid)

@@ -25,20 +25,16 @@ from dilated_core.kernels.triton.programs.parts import (
 )
 
 
-@triton.jit
-def _base_2(lse):
-    """lse in base 2; +inf for a row with no key, whose weights are then 0."""
-    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2_E)
-
-
 @triton.jit(do_not_specialize=[*COUNTS, *FLAT])
-def row_sums(
-    out, grad_out, lse, grad_lse, delta,
+def row_stats(
+    out, grad_out, lse, grad_lse, stats,
     out_strides, grad_out_strides, lse_batch, lse_head, lse_row, grad_lse_batch, grad_lse_head, grad_lse_row,
     rows, num_tiles, batch_size, heads,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, HAS_GRAD_LSE: tl.constexpr,
 ):  # fmt: skip
-    """delta = rowsum(grad_out * out) - grad_lse, float32. One program a block of rows, head and batch row."""
+    """Of each row two numbers, side by side in ``stats``: lse in base 2, +inf where no key is met, so that all weights
+    are 0; and rowsum(grad_out * out) - grad_lse. One program a block of rows, head and batch row.
+    """
     tile, head, batch, _ = find_lane(num_tiles, heads, batch_size)
     at = tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     valid = at < rows
@@ -47,14 +43,15 @@ def row_sums(
     products = load_rows(out, at, out_strides[1], valid, HEAD_DIM, BLOCK_DIM, True).to(tl.float32)
     products *= load_rows(grad_out, at, grad_out_strides[1], valid, HEAD_DIM, BLOCK_DIM, True).to(tl.float32)
     sums = tl.sum(products, 1)
+    row_lse = tl.load(lse + batch * lse_batch + head * lse_head + at.to(tl.int64) * lse_row, mask=valid, other=0.0)
+    finite = tl.abs(row_lse) < float("inf")
     if HAS_GRAD_LSE:
-        own = lse + batch * lse_batch + head * lse_head + at.to(tl.int64) * lse_row
-        finite = tl.abs(tl.load(own, mask=valid, other=0.0)) < float("inf")
         grad = grad_lse + batch * grad_lse_batch + head * grad_lse_head
         # The lse of a row with no key is no number: nothing arrives through it.
         sums -= tl.load(grad + at.to(tl.int64) * grad_lse_row, mask=valid & finite, other=0.0)
-    delta += (batch * heads + head) * rows + at
-    tl.store(delta, sums, mask=valid)
+    stats += 2 * ((batch * heads + head) * rows + at)
+    tl.store(stats, tl.where(finite, row_lse * LOG2_E, float("inf")), mask=valid)
+    tl.store(stats + 1, sums, mask=valid)
 
 
 @triton.jit
@@ -66,15 +63,14 @@ def _score_keys(
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, the weights that the rows give them, and the gradients of these weights, (rows, keys)."""
-    positions, met_segment, keep = find_others(
-        number + tl.arange(0, BLOCK_OTHERS), high, base, segment_length, rate, phase, whole, real, real_stride,
-        MASKED, HAS_MASK,
-    )  # fmt: skip
-    key = load_rows(k, positions, k_stride, keep, HEAD_DIM, BLOCK_DIM, MASKED or HAS_MASK)
-    value = load_rows(v, positions, v_stride, keep, HEAD_DIM, BLOCK_DIM, MASKED or HAS_MASK)
+    begin, positions, met_segment, keep = find_others(
+        number, high, base, segment_length, rate, phase, whole, real, real_stride, BLOCK_OTHERS, MASKED, HAS_MASK
+    )
+    key = load_rows(k + begin * k_stride, positions, k_stride, keep, HEAD_DIM, BLOCK_DIM, MASKED or HAS_MASK)
+    value = load_rows(v + begin * v_stride, positions, v_stride, keep, HEAD_DIM, BLOCK_DIM, MASKED or HAS_MASK)
     weights = tl.exp2(product(query, tl.trans(key), PRECISION, UPCAST) * factor - lse[:, None])
     if MASKED:
-        meets = member[:, None] & keep[None, :] & (segment[:, None] == met_segment[None, :])
+        meets = tl.where(member, segment, -1)[:, None] == tl.where(keep, met_segment, -2)[None, :]
         if IS_CAUSAL:
             meets = meets & (positions[None, :] <= at[:, None])
         weights = tl.where(meets, weights, 0.0)
@@ -83,12 +79,12 @@ def _score_keys(
     return key, weights, product(grad, tl.trans(value), PRECISION, UPCAST)
 
 
-@triton.jit(do_not_specialize=[*COUNTS, *FLAT, "delta_branch"])
+@triton.jit(do_not_specialize=[*COUNTS, *FLAT, "stats_branch"])
 def grad_query(
-    q, k, v, real, grad_out, lse, delta, grad_q, order, head_class, tiles, branches, phases,
-    q_strides, k_strides, v_strides, real_batch, real_head, real_row, grad_out_strides, lse_batch, lse_head, lse_row,
+    q, k, v, real, grad_out, stats, grad_q, order, head_class, tiles, branches, phases,
+    q_strides, k_strides, v_strides, real_batch, real_head, real_row, grad_out_strides,
     grad_q_strides,
-    delta_branch, rows, others, num_tiles, num_branches, batch_size, heads, group, scale,
+    stats_branch, rows, others, num_tiles, num_branches, batch_size, heads, group, scale,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, ORDERED: tl.constexpr, PACKED: tl.constexpr,
     OWN_SUMS: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -96,7 +92,7 @@ def grad_query(
     """The gradient of a tile of query rows. One program a tile, head and batch row.
 
     OWN_SUMS is for torchscale, whose mixing weights take no gradient: D is then each branch's own, rowsum(grad_out *
-    the branch's out) - grad_lse. On entry ``delta`` holds -grad_lse for every branch, ``delta_branch`` elements apart;
+    the branch's out) - grad_lse. On entry ``stats`` holds -grad_lse for every branch, ``stats_branch`` elements apart;
     the program adds the row sum, which it finds in a walk of its own, for ``grad_key_value`` to read.
     """
     tile, head, batch, _ = find_lane(num_tiles, heads, batch_size)
@@ -110,12 +106,11 @@ def grad_query(
     real += batch * real_batch + head // group * real_head + start * real_row
     grad_out += batch * grad_out_strides[0] + start * grad_out_strides[1] + head * grad_out_strides[2]
     grad_q += batch * grad_q_strides[0] + start * grad_q_strides[1] + head * grad_q_strides[2]
-    lse += batch * lse_batch + head * lse_head + (start + at) * lse_row
-    delta += (batch * heads + head) * rows + start + at
+    stats += 2 * ((batch * heads + head) * rows + start + at)
     query = load_rows(q, at, q_strides[1], valid, HEAD_DIM, BLOCK_DIM, True)
     grad = load_rows(grad_out, at, grad_out_strides[1], valid, HEAD_DIM, BLOCK_DIM, True)
-    row_lse = _base_2(tl.load(lse, mask=valid, other=float("inf")))
-    row_sum = tl.load(delta, mask=valid, other=0.0)
+    row_lse = tl.load(stats, mask=valid, other=float("inf"))
+    row_sum = tl.load(stats + 1, mask=valid, other=0.0)
     factor = scale * LOG2_E
     acc = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
 
@@ -147,8 +142,10 @@ def grad_query(
                 share += zero_keys * tl.exp2(-row_lse)
             # A branch whose weights are all too small for float32 has no gradient either.
             own = tl.where(share > 0.0, own / tl.where(share > 0.0, share, 1.0), 0.0)
-            row_sum = own + tl.load(delta + branch * delta_branch, mask=valid, other=0.0)
-            tl.store(delta + branch * delta_branch, row_sum, mask=valid)
+            row_sum = own + tl.load(stats + 1, mask=valid, other=0.0)
+            tl.debug_barrier()  # several threads may read the same place: all of them, before one writes it
+            tl.store(stats + 1, row_sum, mask=valid)
+            stats += stats_branch
         for number in range(low, unmasked, BLOCK_OTHERS):
             key, weights, grad_weights = _score_keys(
                 query, grad, row_lse, at, member, segment, k, v, k_strides[1], v_strides[1], real, real_row,
@@ -170,24 +167,25 @@ def grad_query(
 @triton.jit
 def _collect(
     grad_key, grad_value, key, value, at, member, segment, real_row,
-    q, grad_out, lse, delta, q_stride, grad_out_stride, lse_stride,
+    q, grad_out, stats, q_stride, grad_out_stride,
     number, high, base, segment_length, rate, phase, whole, factor,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
     IS_CAUSAL: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """What one block of query rows adds to the gradients of the tile's keys and values; scores are (keys, queries)."""
-    positions, met_segment, keep = find_others(
-        number + tl.arange(0, BLOCK_OTHERS), high, base, segment_length, rate, phase, whole, lse, 0, MASKED, False
+    begin, positions, met_segment, keep = find_others(
+        number, high, base, segment_length, rate, phase, whole, stats, 0, BLOCK_OTHERS, MASKED, False
     )
-    query = load_rows(q, positions, q_stride, keep, HEAD_DIM, BLOCK_DIM, MASKED)
-    grad = load_rows(grad_out, positions, grad_out_stride, keep, HEAD_DIM, BLOCK_DIM, MASKED)
-    far = positions.to(tl.int64)
-    row_lse = _base_2(tl.load(lse + far * lse_stride, mask=keep, other=float("inf")))
-    row_sum = tl.load(delta + far, mask=keep, other=0.0)
+    query = load_rows(q + begin * q_stride, positions, q_stride, keep, HEAD_DIM, BLOCK_DIM, MASKED)
+    grad = load_rows(grad_out + begin * grad_out_stride, positions, grad_out_stride, keep, HEAD_DIM, BLOCK_DIM, MASKED)
+    # Both numbers of a row in one load: where a load has fewer numbers than threads, each thread loads all it needs.
+    places = stats + 2 * begin + 2 * positions.to(tl.int64)[:, None] + tl.arange(0, 2)[None, :]
+    pairs = tl.load(places, mask=keep[:, None], other=0.0) if MASKED else tl.load(places)
+    row_lse, row_sum = tl.split(pairs)
     weights = tl.exp2(product(key, tl.trans(query), PRECISION, UPCAST) * factor - row_lse[None, :])
     if MASKED:
-        meets = member[:, None] & keep[None, :] & (segment[:, None] == met_segment[None, :])
+        meets = tl.where(member, segment, -1)[:, None] == tl.where(keep, met_segment, -2)[None, :]
         if IS_CAUSAL:
             meets = meets & (at[:, None] <= positions[None, :])
         weights = tl.where(meets, weights, 0.0)
@@ -199,12 +197,12 @@ def _collect(
     return grad_key, grad_value
 
 
-@triton.jit(do_not_specialize=[*COUNTS, *FLAT, "delta_branch", "shift"])
+@triton.jit(do_not_specialize=[*COUNTS, *FLAT, "stats_branch", "shift"])
 def grad_key_value(
-    q, k, v, real, grad_out, lse, delta, grad_k, grad_v, order, head_class, tiles, branches, phases,
-    q_strides, k_strides, v_strides, real_batch, real_head, real_row, grad_out_strides, lse_batch, lse_head, lse_row,
+    q, k, v, real, grad_out, stats, grad_k, grad_v, order, head_class, tiles, branches, phases,
+    q_strides, k_strides, v_strides, real_batch, real_head, real_row, grad_out_strides,
     grad_k_strides, grad_v_strides,
-    delta_branch, rows, others, num_tiles, num_branches, batch_size, heads, group, shift, scale,
+    stats_branch, rows, others, num_tiles, num_branches, batch_size, heads, group, shift, scale,
     HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OTHERS: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, ORDERED: tl.constexpr, PACKED: tl.constexpr,
     ADD: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
@@ -226,8 +224,7 @@ def grad_key_value(
     grad_out += batch * grad_out_strides[0] + start * grad_out_strides[1] + head * grad_out_strides[2]
     grad_k += batch * grad_k_strides[0] + start * grad_k_strides[1] + kv_head * grad_k_strides[2]
     grad_v += batch * grad_v_strides[0] + start * grad_v_strides[1] + kv_head * grad_v_strides[2]
-    lse += batch * lse_batch + head * lse_head + start * lse_row
-    delta += (batch * heads + head) * others + start
+    stats += 2 * ((batch * heads + head) * others + start)
     real_row = valid
     if HAS_MASK:
         real += batch * real_batch + kv_head * real_head + (start + at) * real_row
@@ -244,7 +241,6 @@ def grad_key_value(
         low, high, base, first, last, same = plan_walk(
             at, valid, member, segment, segment_length, rate, phase, whole, walked
         )
-        branch_delta = delta + branch * delta_branch
         common = low
         if IS_CAUSAL:  # queries from the tile's first row on; all rows are seen from the tile's last row on
             low = tl.minimum(first, high)
@@ -254,7 +250,7 @@ def grad_key_value(
         for number in range(common, end, BLOCK_OTHERS):
             grad_key, grad_value = _collect(
                 grad_key, grad_value, key, value, at, member, segment, real_row,
-                q, grad_out, lse, branch_delta, q_strides[1], grad_out_strides[1], lse_row,
+                q, grad_out, stats, q_strides[1], grad_out_strides[1],
                 number, high, base, segment_length, rate, phase, whole, factor,
                 HEAD_DIM, BLOCK_DIM, BLOCK_OTHERS, IS_CAUSAL, False, HAS_MASK, PRECISION, UPCAST,
             )  # fmt: skip
@@ -264,10 +260,11 @@ def grad_key_value(
             number = tl.where(block < before, low + block * BLOCK_OTHERS, end + (block - before) * BLOCK_OTHERS)
             grad_key, grad_value = _collect(
                 grad_key, grad_value, key, value, at, member, segment, real_row,
-                q, grad_out, lse, branch_delta, q_strides[1], grad_out_strides[1], lse_row,
+                q, grad_out, stats, q_strides[1], grad_out_strides[1],
                 number, high, base, segment_length, rate, phase, whole, factor,
                 HEAD_DIM, BLOCK_DIM, BLOCK_OTHERS, IS_CAUSAL, True, HAS_MASK, PRECISION, UPCAST,
             )  # fmt: skip
+        stats += stats_branch
 
     grad_key *= scale
     if ADD:

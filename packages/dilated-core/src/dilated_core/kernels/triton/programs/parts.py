@@ -53,10 +53,13 @@ def store_rows(pointer, rows, stride, keep, values, HEAD_DIM: tl.constexpr, BLOC
 
 @triton.jit
 def find_lane(num_tiles, heads, batch_size):
-    """Which tile, head, batch row and split this program is."""
+    """Which tile, head, batch row and split this program is; all but the tile int64, as they multiply strides."""
     program = tl.program_id(0)
     lane = program // num_tiles
-    return program % num_tiles, lane % heads, (lane // heads % batch_size).to(tl.int64), lane // (heads * batch_size)
+    head = (lane % heads).to(tl.int64)
+    batch = (lane // heads % batch_size).to(tl.int64)
+    split = (lane // (heads * batch_size)).to(tl.int64)
+    return program % num_tiles, head, batch, split
 
 
 @triton.jit
@@ -124,24 +127,30 @@ def plan_walk(rows, valid, member, segment, segment_length, rate, phase, whole, 
 
 @triton.jit
 def find_others(
-    numbers, high, base, segment_length, rate, phase, whole, real, real_stride,
-    MASKED: tl.constexpr, HAS_MASK: tl.constexpr,
+    number, high, base, segment_length, rate, phase, whole, real, real_stride,
+    BLOCK: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr,
 ):  # fmt: skip
-    """Positions of numbers along a branch's grid, their segments, and which are to be met at all.
+    """A block of a branch's grid, from ``number`` on: where it begins, positions less that, their segments, and which
+    are to be met at all.
 
-    If not MASKED the numbers lie in the one segment of the tile. With HAS_MASK, padding is not to be met.
+    If not MASKED the block lies in the one segment of the tile; ``positions`` are then the same for each block of the
+    branch, so that a loop over blocks need not compute their addresses again. With HAS_MASK, padding is not to be met.
     """
+    numbers = number + tl.arange(0, BLOCK)
     if MASKED:
+        begin = tl.full([], 0, tl.int64)
         inside = numbers < high
         segment = numbers // whole
         positions = segment * segment_length + phase + (numbers - segment * whole) * rate
     else:
-        positions = base + numbers * rate
-        segment = numbers // whole
+        begin = (base + number * rate).to(tl.int64)
         inside = numbers >= 0
+        segment = numbers
+        positions = tl.arange(0, BLOCK) * rate
     if HAS_MASK:
+        real += begin * real_stride
         inside = inside & (tl.load(real + positions.to(tl.int64) * real_stride, mask=inside, other=0) != 0)
-    return positions, segment, inside
+    return begin, positions, segment, inside
 
 
 @triton.jit
