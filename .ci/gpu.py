@@ -6,8 +6,8 @@
     python .ci/gpu.py bench_card --sizes 8192                 one benchmark, with its own options
     python .ci/gpu.py --minutes=9 --resume                    so long at most; go on where an earlier one stopped
 
-A card may be lent for minutes. So every step has a limit of time and leaves what it measured, no red step hides the
-next, and what passed before from the same sources can be left out. How each ended is kept beside the figures, in
+A card may be at hand for minutes only. So every step has a limit of time and leaves what it measured, no red step hides
+the next, and what passed before from the same sources can be left out. How each ended is kept beside the figures, in
 docs/benchmarks/<card>/session.md. It uses the Python that runs it and the sources as they lie here, and installs
 nothing: machines with an accelerator come with a torch built for it, and that is the one to test.
 """

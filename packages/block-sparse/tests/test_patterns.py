@@ -507,11 +507,13 @@ def test_each_room_can_be_imported_first() -> None:
 @pytest.mark.slow
 def test_the_benchmark_runs_and_writes(tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "benchmarks" / "bench_layouts.py"
-    options = ["--patterns", "bigbird", "--quick", "--device", "cuda", "--output", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, str(script), *options], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    options = ["--patterns", "bigbird", "--quick", "--output", str(tmp_path)]
+    for device, written in (("cuda", False), ("cpu", True)):
+        command = [sys.executable, str(script), *options, "--device", device]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        assert ("nothing to do on cuda" in done.stdout) != written
+        assert (tmp_path / "block_sparse_layouts.json").exists() == written
     (row,) = json.loads((tmp_path / "block_sparse_layouts.json").read_text())["layouts"]
     assert (row["pattern"], row["tokens"], row["q_blocks"]) == ("bigbird", 16384, 128)
     assert row["bytes"] == 4 * row["live"] + 8 * 129

@@ -1,279 +1,351 @@
-"""Prov-GigaPath's slide encoder on a CPU: our attention against torchscale's way with a CPU flash in place.
+"""Prov-GigaPath's slide encoder: its layers over 10,000 to a million tiles, by every kernel that runs here.
 
-On a GPU, which torchscale's own code needs flash-attn for, ours alone: its layers over 100,000 tiles, in bfloat16.
-
-    python bench_gigapath.py                              12 layers, 10,000 tiles, float32
+    python bench_gigapath.py                              a CPU: 10,000 tiles in float32, beside torchscale's way
     python bench_gigapath.py --tiles 1500 --layers 2 --repeats 1
-    python bench_gigapath.py --device cuda                12 layers, 100,000 tiles, bfloat16, ours alone
+    python bench_gigapath.py --device cuda                a card: 10k, 100k and 1M tokens, half precision and float32
+    python bench_gigapath.py --device cuda --tiles 100000 --precisions bf16 --kernels auto triton
     python bench_gigapath.py --torchscale PATH            a checkout of microsoft/torchscale runs its own code
 
-The two encoders are one model (examples/gigapath.py) with the same weights; only what happens between the projections
-of the attention differs. torchscale itself needs a GPU there; the peer does what it does on PyTorch's CPU flash
-operator, either as dilated-core's benchmarks write it down or, given a checkout, by torchscale's own code. Before
-anything is timed, one layer's attention is compared with the float64 oracle in rows drawn from the whole slide, and the
-two embeddings with each other; a deviation above 1e-5 ends the run. Writes JSON and a Markdown page (default:
-docs/benchmarks).
+All candidates are one model (examples/gigapath.py) with the same weights; only what happens between the projections of
+the attention differs. On a CPU torchscale's way runs on PyTorch's flash operator, as dilated-core's benchmarks write it
+down or, given a checkout, by torchscale's own code; on a card that code needs flash_attn, and is left out without it.
+
+Before a candidate is timed, its encoder is compared with a float64 one that attends by the definition, over a small
+slide, and its attention of one layer with the definition in rows drawn from the whole slide. Writes gigapath.json and
+gigapath.md after every row (default: docs/benchmarks, on a card a folder below it). The same command goes on with the
+rows that are there, if they are of the same code, versions and settings; --fresh measures all again. The exit status is
+1 where a candidate deviates or one of ours raised.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import hashlib
 import json
-import sys
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import torch
-from repository import load
-from torch import Tensor, nn
+from gigapath_candidates import (
+    AUTO,
+    HEAD_DIM,
+    HEADS,
+    PATTERN,
+    PEER,
+    PRECISIONS,
+    Around,
+    Row,
+    attention_of,
+    by_definition,
+    chosen_kernels,
+    encoder_of,
+    formula,
+    gigapath,
+    peer_words,
+    slide_of,
+    states,
+    states_by_definition,
+)
+from gigapath_page import GOAL_LAYERS, HEADER, failures, goals, lines, page
+from repository import ROOT, load
+from torch import Tensor
 
-from dilated_core import DilatedPattern, dilated_attention, measure, reference
+from dilated_core import kernels, measure
+from dilated_factory import shared_resources
 
-gigapath = load("examples/gigapath.py")
-formula = load("packages/dilated-core/benchmarks/torchscale_formula.py")
+cases = load("packages/dilated-core/benchmarks/card_cases.py")
+measuring = load("packages/dilated-core/benchmarks/card_measuring.py")
 
-PATTERN = DilatedPattern.gigapath()
-CHECKED_ROWS = 16
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
-GOAL = 1.5
-# On a GPU: tiles, and seconds for all layers.
-CARD_TILES, CARD_GOAL = 100_000, 2.0
+# Of the slide that is compared with the definition row by row: it forms all scores.
+SMALL_TILES = {"cpu": 400, "cuda": 2000}
+# Rows of one layer's attention that are compared, over the whole slide.
+CHECKED_ROWS = 8
+# Largest deviation of all rows behind the last layer: roundings add up. Another semantics deviates by 0.7.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# A timed run takes at least so many seconds: shorter calls are repeated in a row.
+SHORTEST = 0.01
 
-# (batch, seq, heads, head_dim) three times, to the same.
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """dilated_attention as the encoder calls it."""
-    return dilated_attention(query, key, value, PATTERN.segment_lengths, PATTERN.dilation_rates, semantics="torchscale")
-
-
-def written_down(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """torchscale's way by dilated-core's comparison formula."""
-    return formula.torchscale_attention(query, key, value, PATTERN.segment_lengths, PATTERN.dilation_rates)
-
-
-def from_checkout(path: Path, heads: int, head_dim: int) -> Attention:
-    """torchscale's own DilatedAttention without its projections, on PyTorch's CPU flash operator."""
-
-    def flash(q, k, v, dropout=0.0, bias=None, softmax_scale=None, is_causal=False):
-        rows = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, is_causal=is_causal)
-        return out.transpose(1, 2), lse
-
-    sys.path.insert(0, str(path))
-    dilated = importlib.import_module("torchscale.component.dilated_attention").DilatedAttention
-    sys.modules["torchscale.component.multihead_attention"].flash_attn_func = flash
-    args = SimpleNamespace(
-        segment_length=list(PATTERN.segment_lengths),
-        dilated_ratio=list(PATTERN.dilation_rates),
-        flash_attention=True,
-        multiway=False,
-        seq_parallel=False,
-        xpos_rel_pos=False,
-    )
-    module = dilated(args, heads * head_dim, heads, self_attention=True)
-    module.q_proj = module.k_proj = module.v_proj = module.out_proj = nn.Identity()
-
-    def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        joined, _ = module(query.flatten(-2), key.flatten(-2), value.flatten(-2))
-        return joined.unflatten(-1, (heads, head_dim))
-
-    return attention
+Calls = dict[str, Callable[[], Tensor]]
 
 
-class Around(nn.Module):
-    """A layer's projections and norm around another attention."""
-
-    def __init__(self, layer: nn.Module, attention: Attention) -> None:
-        super().__init__()
-        self.layer, self.attention = layer, attention
-
-    def heads(self, rows: Tensor) -> list[Tensor]:
-        """Query, key and value, (batch, seq, heads, head_dim) each."""
-        projections = (self.layer.q_proj, self.layer.k_proj, self.layer.v_proj)
-        return [project(rows).unflatten(-1, (self.layer.num_heads, self.layer.head_dim)) for project in projections]
-
-    def forward(self, rows: Tensor, key_padding_mask: None = None) -> tuple[Tensor, None]:
-        """(batch, seq, embed_dim) to the same; nothing is padded here."""
-        joined = self.attention(*self.heads(rows)).flatten(-2)
-        return self.layer.out_proj(self.layer.inner_attn_ln(joined)), None
+def drawn_rows(seq: int, device: torch.device) -> Tensor:
+    """The slide's token, the last tile, and others from the whole length."""
+    between = torch.randint(seq, (CHECKED_ROWS - 2,), generator=torch.Generator().manual_seed(seq))
+    return torch.cat([torch.tensor([0, seq - 1]), between]).unique().to(device)
 
 
-def encoder_with(model: nn.Module, attention: Attention) -> nn.Module:
-    """The same weights in an encoder whose layers attend by ``attention``."""
-    other = gigapath.GigaPathSlideEncoder(num_layers=len(model.encoder.layers)).eval()
-    other.load_state_dict(model.state_dict(), assign=True)
-    for layer in other.encoder.layers:
-        layer.self_attn = Around(layer.self_attn, attention)
-    return other
+def weigh(call: Callable[[], object], device: torch.device) -> int:
+    """Peak of its memory beside weights and inputs, with what the factory's pools reserve for it."""
+    pools = shared_resources()
+    pools.trim()
+    peak = measure.peak_memory(call, device)
+    # PyTorch counts what pools draw from PyTorch itself.
+    return peak + (0 if pools.backend(device).name == "torch" else _reserved(device))
 
 
-def deviation(found: Tensor, expected: Tensor) -> float:
-    """Largest difference over the expected's largest magnitude; above TOLERANCE it ends the run."""
-    difference = ((found.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
-    tolerance = TOLERANCE[found.dtype]
-    if not difference <= tolerance:
-        raise SystemExit(f"a deviation of {difference:.1e}, above {tolerance}; nothing is reported")
-    return difference
+def _reserved(device: torch.device) -> int:
+    numbers = shared_resources().statistics().items()
+    return sum(one.reserved_bytes for (place, _), one in numbers if torch.device(place).type == device.type)
 
 
-def oracle_rows(qkv: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Positions drawn from the whole length, and what the float64 definition gives there."""
-    seq = qkv[0].shape[1]
-    rows = torch.randint(seq, (CHECKED_ROWS,), generator=torch.Generator().manual_seed(0)).unique()
-    exact, _ = reference.dilated_attention(
-        *(tensor.double() for tensor in qkv),
-        PATTERN.segment_lengths,
-        PATTERN.dilation_rates,
-        rows=rows,
-        semantics="torchscale",
-    )
-    return rows, exact
+class Bench:
+    """What one row measures.
+
+    Args:
+        weights: of the encoder, float32, on the CPU.
+        tiles: of the slide.
+        name: of PRECISIONS.
+        settings: the command's.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, Tensor], tiles: int, name: str, device: torch.device, settings: argparse.Namespace
+    ) -> None:
+        self.tiles, self.name, self.device, self.settings = tiles, name, device, settings
+        self.precision = PRECISIONS[name]
+        self.attends = self.precision.of_attention
+        self.weights = {key: tensor.to(device, self.precision.weights) for key, tensor in weights.items()}
+
+    def within(self, call: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+        """The call, in the precision's context each time, as a user makes it."""
+
+        def run() -> Any:
+            with self.precision.context(self.device):
+                return call(*arguments)
+
+        return run
+
+    def measure(self) -> Row:
+        """Candidates checked, weighed and timed in turns. JSON-ready.
+
+        Raises:
+            card_measuring.DeviceLostError: an error that no later work on the device survives.
+        """
+        names, left_out = chosen_kernels(self.device, self.attends, self.settings.kernels)
+        runs, words = peer_words(self.device, self.attends, self.settings.torchscale)
+        if runs:
+            names.append(PEER)
+        else:
+            left_out[PEER] = words
+        row: Row = {
+            "tiles": self.tiles,
+            "precision": self.name,
+            "layers": self.settings.layers,
+            "auto": kernels.choose(AUTO, self.device, self.attends, HEAD_DIM).name,
+            "peer": words if runs else None,
+            "left_out": left_out,
+            "attention_flops": PATTERN.flops(self.tiles + 1, HEADS, HEAD_DIM),
+        }
+        right = measuring.attempt(self.device, self._prepare)
+        if "why" in right:
+            return {**row, "candidates": dict.fromkeys(names, right)}
+        results: Row = {}
+        calls: dict[str, Calls] = {}
+        for name in names:
+            results[name] = measuring.attempt(self.device, partial(self._look_at, name, right, calls))
+        for part in ("layers", "slide", "attention"):
+            own = {name: parts[part] for name, parts in calls.items() if part in parts and "why" not in results[name]}
+            timings = measuring.attempt(self.device, partial(self._times, own))
+            for name in own:
+                results[name].setdefault(part, {}).update(timings if "why" in timings else timings[name])
+        return {**row, "candidates": results}
+
+    def _prepare(self) -> Row:
+        """What the candidates get, and what they are compared with."""
+        slide = slide_of(self.tiles, self.device, self.precision.weights)
+        small = slide_of(min(self.tiles, SMALL_TILES[self.device.type]), self.device, self.precision.weights)
+        model = encoder_of(self.weights)
+        tokens = self.within(model.tokens, *slide)()
+        layer = model.encoder.layers[0]
+        around = Around(layer.self_attn, by_definition)
+        qkv = self.within(lambda: around.heads(layer.self_attn_layer_norm(tokens)))()
+        rows = drawn_rows(tokens.shape[1], self.device)
+        return {
+            "slide": slide,
+            "small": small,
+            "tokens": tokens,
+            "qkv": qkv,
+            "rows": rows,
+            "attention": by_definition(*qkv, rows=rows)[0].flatten(0, 1),
+            "states": states_by_definition(self.weights, small),
+        }
+
+    def _look_at(self, name: str, right: Row, calls: dict[str, Calls]) -> Row:
+        """Deviations and memory of a candidate, whose calls are added to ``calls``; "why" where it deviates.
+
+        Args:
+            right: of ``_prepare``; the first right candidate adds what its layers give over the whole slide.
+        """
+        attention = attention_of(name, self.device, self.settings.torchscale)
+        model = encoder_of(self.weights, attention=attention) if name == PEER else encoder_of(self.weights, name)
+        own: Calls = {
+            "layers": self.within(model.encoder, right["tokens"]),
+            "attention": self.within(attention, *right["qkv"]),
+        }
+        if name in (AUTO, PEER):  # what comes before the layers is the same for all
+            own["slide"] = self.within(model, *right["slide"])
+        rows = right["rows"]
+        hidden = own["layers"]()[0, rows].double()
+        attended = own["attention"]()[0, rows].flatten(0, 1)
+        tolerance = TOLERANCE[self.attends]
+        checks = {
+            "attention": (attended, right["attention"], True, cases.TOLERANCE[self.attends]),
+            "encoder": (self.within(states, model, right["small"])(), right["states"], False, tolerance),
+            # Both may deviate from what nobody can afford to compute.
+            "whole slide": (hidden, right.get("hidden", hidden), False, 2 * tolerance),
+        }
+        result: Row = {"deviation": {}}
+        for check, (found, exact, by_row, allowed) in checks.items():
+            one = cases.deviation(found, exact, by_row=by_row)
+            result["deviation"][check] = one if math.isfinite(one) else None
+            if not one <= allowed:
+                return {**result, "why": f"{check}: it deviates by {one:.1e}, allowed are {allowed:.0e}"}
+        right.setdefault("hidden", hidden)
+        calls[name] = own
+        return {**result, "layers": {"peak_bytes": weigh(own["layers"], self.device)}}
+
+    def _times(self, calls: Calls) -> Row:
+        on_card = self.device.type == "cuda"
+        timings = measure.interleaved(
+            calls,
+            repeats=self.settings.repeats,
+            warmup=1 if on_card else 0,  # on a CPU the checks have warmed all up
+            enough=self.settings.enough if on_card else math.inf,
+            shortest=SHORTEST if on_card else 0.0,
+        )
+        return {
+            name: {"seconds": one.seconds, "median": one.median, "spread": one.spread} for name, one in timings.items()
+        }
+
+
+# ------------------------------------------------------------------------------------------------ the run
+
+
+# Tiles, by device: with the slide's token the last is a million tokens, and the grid of positions holds no more.
+TILES = {"cpu": [10_000], "cuda": [10_000, 100_000, 999_999]}
+MOST_TILES = gigapath.GRID_SIDE**2
+BY_DEFAULT = {"cpu": ["fp32"], "cuda": ["bf16", "fp16-autocast", "fp32"]}
+REPEATS = {"cpu": 3, "cuda": 7}
+# Beyond so many tiles only the first precision is measured on a card: others take minutes.
+ALL_UP_TO = 100_000
+# Of the environment: figures taken with another of these are of another run.
+SAME = ("torch", "cuda", "cuda_runtime", "cudnn", "processor", "threads")
+
+
+def settings_of(arguments: argparse.Namespace, device: torch.device) -> Row:
+    """What all rows of a run share. JSON-ready."""
+    sources = sorted(ROOT.glob("packages/*/src/**/*.py"))
+    sources += sorted(Path(__file__).parent.glob("*gigapath*.py"))  # this file and what it is split into
+    sources += [Path(str(module.__file__)) for module in (gigapath, formula, cases, measuring)]
+    return {
+        "device_type": device.type,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "layers": arguments.layers,
+        "kernels": arguments.kernels,
+        "torchscale": None if arguments.torchscale is None else "a checkout",
+        "code": hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:16],
+    }
+
+
+def begin(path: Path, arguments: argparse.Namespace, device: torch.device) -> Row:
+    """Results with no row, or those of an earlier run that this one goes on with."""
+    environment, settings = measure.environment(), settings_of(arguments, device)
+    if path.exists() and not arguments.fresh:
+        earlier: Row = json.loads(path.read_text())
+        same = earlier.get("settings") == settings and all(
+            earlier["environment"].get(name) == environment[name] for name in SAME
+        )
+        print(f"what is in {path} is {'kept' if same else 'of another run, and measured again'}")
+        if same:
+            return earlier | {"left_out": []}
+    return {"environment": environment, "settings": settings, "left_out": [], "rows": []}
+
+
+def write(folder: Path, results: Row) -> None:
+    """After every row, so that a run cut short keeps what it measured."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "gigapath.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    (folder / "gigapath.md").write_text(page(results))
 
 
 @torch.inference_mode()
-def run(tiles: int, layers: int, repeats: int, checkout: Path | None) -> dict[str, object]:
-    """Checks, then times."""
+def run(arguments: argparse.Namespace, device: torch.device, folder: Path) -> Row:
+    """Measure what is not there yet, short slides first: a run that is cut short has all of them."""
+    results = begin(folder / "gigapath.json", arguments, device)
+    rows = results["rows"]
+    there = {(row["tiles"], row["precision"]) for row in rows}
     torch.manual_seed(0)
-    model = gigapath.GigaPathSlideEncoder(num_layers=layers).eval()
-    attention = model.encoder.layers[0].self_attn
-    peer = written_down if checkout is None else from_checkout(checkout, attention.num_heads, attention.head_dim)
-    slide = gigapath.random_slide(tiles)
-    first = Around(attention, ours)
-    qkv = first.heads(model.encoder.layers[0].self_attn_layer_norm(model.tokens(*slide)))
-    rows, exact = oracle_rows(qkv)
-    deviations = {
-        "ours, one attention, from the oracle": deviation(ours(*qkv)[:, rows], exact),
-        "torchscale's way, one attention, from the oracle": deviation(peer(*qkv)[:, rows], exact),
-    }
-    other = encoder_with(model, peer)
-    deviations["the two embeddings"] = deviation(model(*slide), other(*slide))
-    candidates = {
-        "encoder": {"ours": lambda: model(*slide), "torchscale": lambda: other(*slide)},
-        "attention": {"ours": lambda: ours(*qkv), "torchscale": lambda: peer(*qkv)},
-    }
-    memory = {
-        part: {name: measure.peak_memory(call) for name, call in calls.items()} for part, calls in candidates.items()
-    }
-    # The checks have warmed all up.
-    times = {part: measure.interleaved(calls, repeats=repeats, warmup=0) for part, calls in candidates.items()}
-    return {
-        "tiles": tiles,
-        "layers": layers,
-        "threads": torch.get_num_threads(),
-        "peer": "comparison formula" if checkout is None else "microsoft/torchscale's own code",
-        "deviation": deviations,
-        "seconds": {part: {name: timing.seconds for name, timing in of.items()} for part, of in times.items()},
-        "median": {part: {name: timing.median for name, timing in of.items()} for part, of in times.items()},
-        "spread": {part: {name: timing.spread for name, timing in of.items()} for part, of in times.items()},
-        "speedup": {part: of["torchscale"].median / of["ours"].median for part, of in times.items()},
-        "peak_bytes": memory,
-        "goal": GOAL,
-    }
-
-
-@torch.inference_mode()
-def run_on_card(tiles: int, layers: int, repeats: int, device: torch.device) -> dict[str, object]:
-    """Checks, then times: the layers alone, as tile positions are computed on the CPU, once a slide."""
-    torch.manual_seed(0)
-    model = gigapath.GigaPathSlideEncoder(num_layers=layers).eval().to(device, torch.bfloat16)
-    embeds, coords = gigapath.random_slide(tiles)
-    tokens = model.tokens(embeds.to(device, torch.bfloat16), coords)
-    first = model.encoder.layers[0]
-    qkv = Around(first.self_attn, ours).heads(first.self_attn_layer_norm(tokens))
-    rows, exact = oracle_rows([tensor.cpu() for tensor in qkv])
-    found = deviation(ours(*qkv)[:, rows.to(device)].cpu(), exact)
-    calls = {"layers": lambda: model.encoder(tokens), "attention of one": lambda: ours(*qkv)}
-    memory = {name: measure.peak_memory(call, device) for name, call in calls.items()}
-    times = measure.interleaved(calls, repeats=repeats)
-    return {
-        "tiles": tiles,
-        "layers": layers,
-        "deviation": {"ours, one attention, from the oracle": found},
-        "seconds": {name: timing.seconds for name, timing in times.items()},
-        "median": {name: timing.median for name, timing in times.items()},
-        "spread": {name: timing.spread for name, timing in times.items()},
-        "peak_bytes": memory,
-        "goal_seconds": CARD_GOAL,
-    }
-
-
-def report_of_card(result: dict[str, object], environment: dict[str, object]) -> str:
-    """The page that lands beside the JSON."""
-    lines = ["| | s (spread) | memory, MiB |", "|---|---|---|"]
-    for name, median in result["median"].items():
-        memory = result["peak_bytes"][name] / 2**20
-        lines.append(f"| {name} | {median:.4f} ({result['spread'][name]:.0%}) | {memory:,.0f} |")
-    met = "met" if result["median"]["layers"] < CARD_GOAL else "not met"
-    return (
-        "# Prov-GigaPath's slide encoder on a GPU\n\n"
-        f"{environment['date']}, torch {environment['torch']}, {', '.join(environment['cuda']) or 'no GPU'}.\n"
-        f"{result['layers']} layers over {result['tiles']:,} random tiles, random weights, bfloat16, inference; "
-        f"segments {list(PATTERN.segment_lengths)}, rates {list(PATTERN.dilation_rates)}, 16 heads of 48, "
-        'semantics "torchscale".\n\n'
-        f"The goal for all layers is {CARD_GOAL:g} s: **{met}**. Times are medians, the spread is the interquartile "
-        "range over the median; memory is the peak beside weights and tokens. One attention was compared with the "
-        f"float64 oracle first: {result['deviation']['ours, one attention, from the oracle']:.1e}.\n\n"
-        + "\n".join(lines)
-        + "\n"
-    )
-
-
-def report(result: dict[str, object], environment: dict[str, object]) -> str:
-    """The page that lands beside the JSON."""
-    names = {"encoder": f"encoder, {result['layers']} layers", "attention": "attention of one layer alone"}
-    lines = [
-        "| | ours, s (spread) | torchscale's way, s (spread) | faster | memory, MiB: ours, torchscale's way |",
-        "|---|---|---|---|---|",
-    ]
-    for part, name in names.items():
-        median, spread, memory = (result[figure][part] for figure in ("median", "spread", "peak_bytes"))
-        times = [f"{median[who]:.3f} ({spread[who]:.0%})" for who in ("ours", "torchscale")]
-        mebibytes = ", ".join(f"{memory[who] / 2**20:,.0f}" for who in ("ours", "torchscale"))
-        lines.append(f"| {name} | {times[0]} | {times[1]} | **{result['speedup'][part]:.2f}** | {mebibytes} |")
-    checked = "\n".join(f"- {name}: {found:.1e}" for name, found in result["deviation"].items())
-    return (
-        "# Prov-GigaPath's slide encoder on a CPU\n\n"
-        f"{environment['date']}, torch {environment['torch']}, {environment['processor']} "
-        f"({environment['cpu_capability']}), {result['threads']} threads.\n"
-        f"{result['tiles']:,} random tiles, random weights, float32, inference; segments "
-        f"{list(PATTERN.segment_lengths)}, rates {list(PATTERN.dilation_rates)}, 16 heads of 48, "
-        'semantics "torchscale".\n\n'
-        f"The peer is torchscale's way of computing the same attention ({result['peer']}) on PyTorch's CPU flash "
-        "operator, in the same encoder with the same weights. Times are medians of interleaved repeats, the spread is "
-        "the interquartile range over the median; memory is the peak of tensors beside weights and tiles. "
-        f"The goal for the whole encoder is {GOAL}.\n\n" + "\n".join(lines) + "\n\n"
-        "Checked in the same run, largest difference over largest magnitude:\n\n" + checked + "\n"
-    )
+    weights = gigapath.GigaPathSlideEncoder(num_layers=arguments.layers).state_dict()
+    print(HEADER)
+    for tiles in sorted(set(arguments.tiles)):
+        for name in arguments.precisions:
+            if (tiles, name) in there:
+                continue
+            if device.type == "cuda" and tiles > arguments.all_up_to and name != arguments.precisions[0]:
+                results["left_out"].append(f"{tiles:,} tiles, {name}: only the first precision (--all-up-to)")
+                continue
+            rows.append(Bench(weights, tiles, name, device, arguments).measure())
+            print("\n".join(lines(rows[-1])), flush=True)
+            rows.sort(key=lambda one: (one["tiles"], list(PRECISIONS).index(one["precision"])))
+            write(folder, results)
+    write(folder, results)
+    return results
 
 
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="on cuda ours alone, there is nothing to compare")
-    parser.add_argument("--tiles", type=int, help="(default: 10,000 on a CPU, 100,000 on a GPU)")
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda[:index]")
+    parser.add_argument("--tiles", type=int, nargs="+", help="(default: 10,000; on a card also 100,000 and 999,999)")
+    parser.add_argument("--precisions", choices=PRECISIONS, nargs="+", help="(default: fp32; on a card three)")
+    parser.add_argument(
+        "--kernels",
+        choices=[AUTO, *(kernel.name for kernel in kernels.table())],
+        nargs="+",
+        help="(default: auto; on a card all others that run, too, without math)",
+    )
+    parser.add_argument("--layers", type=int, default=GOAL_LAYERS)
+    parser.add_argument("--repeats", type=int, help="(default: 3; on a card 7)")
+    parser.add_argument(
+        "--enough", type=float, default=2.0, help="seconds of timed runs after which a card's are enough"
+    )
+    parser.add_argument(
+        "--all-up-to",
+        type=int,
+        default=ALL_UP_TO,
+        metavar="TILES",
+        help="on a card: beyond it the first precision alone",
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--torchscale", type=Path, help="a checkout of github.com/microsoft/torchscale; needs einops")
+    parser.add_argument("--fresh", action="store_true", help="measure all rows again")
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    if device.type not in TILES:
+        parser.error(f"--device: expected cpu or cuda[:index], got {device}")
+    arguments.tiles = arguments.tiles or TILES[device.type]
+    arguments.precisions = arguments.precisions or BY_DEFAULT[device.type]
+    arguments.repeats = arguments.repeats or REPEATS[device.type]
+    if not 1 <= min(arguments.tiles) <= max(arguments.tiles) <= MOST_TILES:
+        parser.error(f"--tiles: expected 1 to {MOST_TILES:,}, the places of the grid, got {arguments.tiles}")
+    if arguments.layers < 1 or arguments.repeats < 1 or arguments.threads < 1:
+        parser.error("--layers, --repeats, --threads: expected at least 1")
     torch.set_num_threads(arguments.threads)
-    if device.type == "cpu":
-        result = run(arguments.tiles or 10_000, arguments.layers, arguments.repeats, arguments.torchscale)
-    else:
-        result = run_on_card(arguments.tiles or CARD_TILES, arguments.layers, arguments.repeats, device)
-    environment = measure.environment()
-    page = report(result, environment) if device.type == "cpu" else report_of_card(result, environment)
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)
     folder = measure.results_folder(arguments.output, device)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "gigapath.json").write_text(json.dumps({"environment": environment, **result}, indent=1) + "\n")
-    (folder / "gigapath.md").write_text(page)
-    print(page)
+    try:
+        results = run(arguments, device, folder)
+    except measuring.DeviceLostError as error:
+        raise SystemExit(f"the device is lost, and what was measured before is written: {error}") from error
+    print("\n".join(["", *goals(results["rows"], device.type), "", str(folder / "gigapath.md")]))
+    if wrong := list(failures(results["rows"])):
+        raise SystemExit("wrong, or not run:\n" + "\n".join(wrong))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ HALF_AMPERE: dict[Pass, tuple[Blocks, Blocks, Blocks]] = {
 }
 # 64 rows at least: wgmma takes no fewer.
 HALF_HOPPER: dict[Pass, tuple[Blocks, Blocks, Blocks]] = {
-    "forward": (Blocks(128, 64, 4, 3), Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2)),
+    "forward": (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 3), Blocks(128, 32, 8, 2)),
     "grad_query": (Blocks(128, 64, 8, 2), Blocks(128, 64, 8, 2), Blocks(64, 32, 8, 2)),
     "grad_key_value": (Blocks(64, 64, 4, 2), Blocks(64, 32, 4, 2), Blocks(64, 16, 8, 2)),
 }
