@@ -30,10 +30,8 @@ Tuned = dict[tuple[str, int, torch.dtype], Blocks]
 
 # What Triton's interpreter takes: small, so that short sequences have several tiles and blocks.
 INTERPRETED = Blocks(16, 16, 4, 1)
-
-
-# By head_dim up to 64, 128 and 256: the largest that no loop spills registers with, whatever the options (see
-# docs/benchmarks/triton_compile.md).
+# By head_dim up to 64, 128 and 256: the largest whose loops spill no registers without options, and few with all of
+# them (docs/benchmarks/triton_compile.md).
 HALF_AMPERE: dict[Pass, tuple[Blocks, Blocks, Blocks]] = {
     "forward": (Blocks(128, 64, 8, 3), Blocks(128, 64, 8, 2), Blocks(64, 64, 8, 2)),
     "grad_query": (Blocks(64, 64, 4, 2), Blocks(64, 64, 8, 2), Blocks(64, 32, 8, 2)),
