@@ -109,9 +109,13 @@ def find_members(rows, valid, segment_length, rate, phase):
 
 @triton.jit
 def plan_walk(rows, valid, member, segment, segment_length, rate, phase, whole, total):
-    """What a tile meets of a branch, as numbers along its grid: those from ``low`` up to ``high``; its own rows lie
-    from ``first`` to ``last``. ``same``: all valid rows are members, and in one segment, where number n is position
-    ``base + n * rate``.
+    """What a tile meets of a branch, as numbers along its grid: the rows on it, counted from 0 over all segments, so
+    that ``whole`` of them are a segment. With segments of 8, rate 3 and phase 1:
+
+        positions  1 4 7 | 9 12 15 | 17 20 23        numbers  0 1 2 | 3 4 5 | 6 7 8        whole = 3
+
+    It meets those from ``low`` up to ``high``; its own rows lie from ``first`` to ``last``. ``same``: all valid rows are
+    members, and in one segment, where number n is position ``base + n * rate``.
     """
     lowest = tl.min(tl.where(member, segment, FAR))
     highest = tl.max(tl.where(member, segment, -1))
