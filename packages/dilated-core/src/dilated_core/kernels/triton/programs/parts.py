@@ -114,8 +114,8 @@ def plan_walk(rows, valid, member, segment, segment_length, rate, phase, whole, 
 
         positions  1 4 7 | 9 12 15 | 17 20 23        numbers  0 1 2 | 3 4 5 | 6 7 8        whole = 3
 
-    It meets those from ``low`` up to ``high``; its own rows lie from ``first`` to ``last``. ``same``: all valid rows are
-    members, and in one segment, where number n is position ``base + n * rate``.
+    It meets those from ``low`` up to ``high``; its own rows lie from ``first`` to ``last``. ``same``: all valid rows
+    are members, and in one segment, where number n is position ``base + n * rate``.
     """
     lowest = tl.min(tl.where(member, segment, FAR))
     highest = tl.max(tl.where(member, segment, -1))
