@@ -248,8 +248,25 @@ def docs(session: nox.Session) -> None:
     constraints = pin_wheels(session, *PACKAGES)
     install(session, *NAMES, *group("docs", *PACKAGES), constraints=constraints)
     session.run("sphinx-build", "--fail-on-warning", "--keep-going", "--fresh-env", "docs", "docs/_build")
-    pages = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+    folders = ["docs", "docs/how-it-works", "docs/guides", "docs/recipes", "docs/contributing"]
+    pages = [ROOT / "README.md", *(page for folder in folders for page in sorted((ROOT / folder).glob("*.md")))]
     pytest(session, "docs", "--markdown-docs", *(str(page) for page in pages))
+
+
+@nox.session
+def house(session: nox.Session) -> None:
+    """What the packages share: commands on every page, public names, evidence for every figure, release tools."""
+    constraints = pin_wheels(session, *PACKAGES)
+    install(session, "dilated-factory[all]", *NAMES, *group("house", *PACKAGES), constraints=constraints)
+    pytest(session, "house", str(ROOT / "tests" / "house"))
+
+
+@nox.session(default=False)
+def figures(session: nox.Session) -> None:
+    """Every picture in the documentation, and the performance page, drawn again from our own code and recorded runs."""
+    constraints = pin_wheels(session, *PACKAGES)
+    install(session, *NAMES, *group("figures", *PACKAGES), constraints=constraints)
+    session.run("python", "docs/figures", *session.posargs)
 
 
 @nox.session(default=False)
