@@ -267,6 +267,7 @@ def figures(session: nox.Session) -> None:
     constraints = pin_wheels(session, *PACKAGES)
     install(session, *NAMES, *group("figures", *PACKAGES), constraints=constraints)
     session.run("python", "docs/figures", *session.posargs)
+    session.run("python", "docs/evidence")
 
 
 @nox.session(default=False)
