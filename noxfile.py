@@ -298,6 +298,7 @@ def interop(session: nox.Session) -> None:
     """What the peers compute: torchscale's and dilated-attention-pytorch's own code beside ours.
 
     nox -s interop -- --torchscale=PATH --gigapath=PATH     with checkouts: the main branch, and the slide encoder
+    nox -s interop -- ... --record=docs/benchmarks          writes what was found, as the record that the pages quote
     """
     constraints = pin_wheels(session, *PACKAGES)
     install(session, *NAMES, *group("test"), "einops", "numpy", constraints=constraints)
@@ -317,9 +318,10 @@ def gpu(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def build(session: nox.Session) -> None:
-    """Wheels and sdists of every package as they would be published, checked, into dist/."""
+    """Whether packages are fit to be released: versions and tags agree, archives in dist/, clean installations.
+
+    nox -s build -- --tag dilated-core      what may follow: python .ci/release.py --help
+    """
     install(session, *group("build"))
-    shutil.rmtree(ROOT / "dist", ignore_errors=True)
-    for package in PACKAGES:
-        session.run("uv", "build", "--quiet", "--out-dir=dist", str(package.folder), external=True)
-    session.run("twine", "check", "--strict", *(str(path) for path in sorted(ROOT.glob("dist/[!.]*"))))
+    session.env["PYTHONPATH"] = None
+    session.run("python", str(ROOT / ".ci" / "release.py"), *session.posargs)

@@ -1,0 +1,1 @@
+"""What a release rests on: versions, changelogs and tags that agree, whole archives, and sets that install together."""
