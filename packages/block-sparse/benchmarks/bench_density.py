@@ -308,6 +308,14 @@ def draw(rows: list[Row], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def redraw(record: Path, folder: Path) -> list[Path]:
+    """Draw the picture of a recorded run again; nothing is measured."""
+    recorded = [row for row in json.loads(record.read_text())["rows"] if row["suite"] == "sweep"]
+    path = folder / "block_sparse_density.png"
+    draw([Row(**{name: value for name, value in row.items() if name != "efficiency"}) for row in recorded], path)
+    return [path]
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -315,11 +323,13 @@ def main() -> None:
         "--suites", nargs="+", choices=("float32", "sweep", "bfloat16"), default=["float32", "sweep", "bfloat16"]
     )
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="threads of PyTorch (default: %(default)s)")
+    parser.add_argument(
+        "--device", type=torch.device, default=torch.device("cpu"), help="cpu or cuda[:index] (default: %(default)s)"
+    )
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out: it compiles for every shape")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
     options = parser.parse_args()
     options.output = measure.results_folder(options.output, options.device)
     torch.set_num_threads(options.threads)
@@ -343,6 +353,10 @@ def main() -> None:
     if swept:
         draw(swept, options.output / "block_sparse_density.png")
         parts.append("![Speed over density](block_sparse_density.png)")
+    parts.append(
+        "Raw data: [block_sparse_density.json](block_sparse_density.json). Command, from the repository's root: "
+        f"`python packages/block-sparse/benchmarks/{environment['command']}`."
+    )
     page = "\n\n".join(parts) + "\n"
     (options.output / "block_sparse_density.md").write_text(page)
     print(page)

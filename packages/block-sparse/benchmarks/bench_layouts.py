@@ -222,6 +222,8 @@ def page(rows: list[dict[str, object]], environment: dict[str, object], compared
         "stride, √(blocks / 2). hierarchical: window 4, branching 4. longnet: "
         f"lengths {list(LENGTHS)}, rates {list(RATES)}. random: 16 blocks a row. bigbird: window 1, 2 global, "
         "3 random.\n"
+        f"\nRaw data: [block_sparse_layouts.json](block_sparse_layouts.json). Command, from the repository's root: "
+        f"`python packages/block-sparse/benchmarks/{environment['command']}`.\n"
     )
 
 
@@ -232,7 +234,7 @@ def main() -> None:
     parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), choices=list(PATTERNS))
     parser.add_argument("--quick", action="store_true", help="16k tokens, one round")
     parser.add_argument("--device", default="cpu", help="cpu; a layout lies in CPU memory")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

@@ -365,7 +365,10 @@ def page(results: dict[str, object], environment: dict[str, object], picture: st
     )
     if picture is not None:
         text += f"\n![Recall and output error against density, layer by layer]({picture})\n"
-    return text
+    return text + (
+        "\nRaw data: [block_sparse_recall.json](block_sparse_recall.json). Command, from the repository's root: "
+        f"`python packages/block-sparse/benchmarks/{environment['command']}`.\n"
+    )
 
 
 def draw(results: dict[str, object], path: Path) -> None:
@@ -425,6 +428,13 @@ def draw(results: dict[str, object], path: Path) -> None:
     figure.savefig(path, format="png")
 
 
+def redraw(record: Path, folder: Path) -> list[Path]:
+    """Draw the picture of a recorded run again; nothing is learned or measured."""
+    path = folder / "block_sparse_recall.png"
+    draw(json.loads(record.read_text()), path)
+    return [path]
+
+
 def main() -> None:
     """Learn, check, weigh, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -433,9 +443,9 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=64)
     parser.add_argument("--windows", type=int, default=2, help="held-out windows that are weighed")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
-    parser.add_argument("--plot", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda[:index] (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
+    parser.add_argument("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw the picture too")
     arguments = parser.parse_args()
     if arguments.tokens < 2 * arguments.block_size or arguments.block_size < 1 or arguments.windows < 1:
         parser.error("--tokens, --block-size, --windows: expected at least two blocks of tokens, and one window")

@@ -245,11 +245,11 @@ def test_stack_puts_heads_after_one_another() -> None:
 
 def test_what_does_not_stack_is_refused() -> None:
     first, second = layout_of(Sizes(20, 30, (4, 7)), 1, 0.5, 0), layout_of(Sizes(20, 31, (4, 7)), 1, 0.5, 0)
-    with pytest.raises(ValueError, match="stack: expected at least one layout, got none"):
+    with pytest.raises(ValueError, match="layouts: expected at least one layout, got none"):
         BlockLayout.stack([])
-    with pytest.raises(ValueError, match=r"stack: expected layouts of the same sizes.*kv_len=30.*kv_len=31"):
+    with pytest.raises(ValueError, match=r"layouts: expected layouts of the same sizes.*kv_len=30.*kv_len=31"):
         BlockLayout.stack([first, second])
-    with pytest.raises(TypeError, match="stack: expected BlockLayouts, got str at place 1"):
+    with pytest.raises(TypeError, match=r"layouts\[1\]: expected a BlockLayout, got str"):
         BlockLayout.stack([first, "layout"])  # type: ignore[list-item]
 
 

@@ -319,10 +319,12 @@ def main() -> None:
         metavar="TILES",
         help="on a card: beyond it the first precision alone",
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="threads of PyTorch (default: %(default)s)"
+    )
     parser.add_argument("--torchscale", type=Path, help="a checkout of github.com/microsoft/torchscale; needs einops")
     parser.add_argument("--fresh", action="store_true", help="measure all rows again")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type not in TILES:

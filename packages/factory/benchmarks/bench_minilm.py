@@ -204,6 +204,8 @@ def report(result: dict[str, Any], environment: dict[str, object]) -> str:
         + "\n".join(lines)
         + "\n\nA branch of rate 2 or 4 alone leaves each head blind at every other place, or three of four: its rows "
         "there are 0, which the model has never seen. LongNet puts a branch of rate 1 beside them.\n"
+        f"\nRaw data: [minilm.json](minilm.json). Command, from the repository's root: "
+        f"`python packages/factory/benchmarks/{environment['command']}`.\n"
     )
 
 
@@ -213,7 +215,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu; elsewhere there is nothing to compare")
     parser.add_argument("--texts", type=int, default=40, help="at most so many")
     parser.add_argument("--quick", action="store_true", help="6 texts and 4 settings")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.device != "cpu":
         print(f"a comparison on the CPU; nothing to do on {arguments.device}")

@@ -169,6 +169,7 @@ def report(result: dict[str, object], environment: dict[str, object]) -> str:
     imports = [
         f"| `{name}`, after torch | {seconds[name] * 1e3:.1f} ms | {GOALS['import']:.0f} ms |" for name in IMPORTS
     ]
+    command = f"python packages/factory/benchmarks/{environment['command']}"
     return f"""# What the factory costs
 
 {environment["date"]}, torch {environment["torch"]}, {environment["processor"]}, {environment["threads"]} thread.
@@ -189,6 +190,8 @@ In processes of their own, medians of {len(result["seconds"][INFO])}:
 {chr(10).join(imports)}
 | `{INFO}` | {seconds[INFO]:.3f} s | {GOALS["info"]:.1f} s |
 | Python's own start, part of it | {seconds[EMPTY]:.3f} s | |
+
+Raw data: [overhead.json](overhead.json). Command, from the repository's root: `{command}`.
 """
 
 
@@ -197,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu; what the factory adds happens there")
     parser.add_argument("--quick", action="store_true", help="few and short rounds")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.device != "cpu":
         print(f"a measurement on the CPU; nothing to do on {arguments.device}")

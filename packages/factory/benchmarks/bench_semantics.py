@@ -84,6 +84,8 @@ def report(result: dict[str, object], environment: dict[str, object]) -> str:
         "the first layer's attention output (after its norm and projection) and of the slide's embedding:\n\n"
         + "\n".join(lines)
         + f"\n\nLargest deviation of each from its own float64 oracle, in the same run: {deviations}.\n"
+        f"\nRaw data: [semantics.json](semantics.json). Command, from the repository's root: "
+        f"`python packages/factory/benchmarks/{environment['command']}`.\n"
     )
 
 
@@ -93,7 +95,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu; elsewhere there is nothing to compare")
     parser.add_argument("--tiles", type=int, default=3000)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.device != "cpu":
         print(f"a comparison on the CPU; nothing to do on {arguments.device}")

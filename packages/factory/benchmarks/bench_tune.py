@@ -107,6 +107,8 @@ def report(profile: Profile, rows: Sequence[dict[str, object]], environment: dic
         + "\n".join(lines)
         + f"\n\nLargest deviation of output and gradients from the definition, in the same run: {largest:.1e}.\n\n"
         f"## What was tuned\n\n```\n{text.render(profile, Policy())}\n```\n"
+        f"\nRaw data: [tune.json](tune.json). Command, from the repository's root: "
+        f"`python packages/factory/benchmarks/{environment['command']}`.\n"
     )
 
 
@@ -116,7 +118,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="cpu or cuda[:index] (default: %(default)s)")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds to tune (default: %(default)g)")
     parser.add_argument("--quick", action="store_true", help="small lengths and a budget of two seconds")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     arguments.output = measure.results_folder(arguments.output, device)

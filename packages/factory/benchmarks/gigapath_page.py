@@ -151,4 +151,8 @@ def page(results: Row) -> str:
     if notes:
         parts += ["## Without a figure\n", "\n".join(notes) + "\n"]
     parts += ["## Left out\n", "\n".join(absent) + "\n"]
+    parts.append(
+        "Raw data: [gigapath.json](gigapath.json). Command, from the repository's root: "
+        f"`python packages/factory/benchmarks/{environment['command']}`.\n"
+    )
     return "\n".join(parts)

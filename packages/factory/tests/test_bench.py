@@ -427,7 +427,7 @@ def test_cases_without_time_are_left_out_and_named_and_measured_later(tmp_path: 
 def test_a_page_shows_why_there_is_no_figure_and_escapes_bars() -> None:
     table = Table("t", "A table", "About it.", "a reason")
     results = Results(
-        {"date": "today", "torch": "2", "processor": "p", "cpu_capability": "c", "cores": 1, "threads": 1},
+        {"date": "now", "torch": "2", "processor": "p", "cpu_capability": "c", "cores": 1, "threads": 1, "command": ""},
         TINY.as_dict(),
         "cpu",
         {"stages": ("A report", [table])},
@@ -491,10 +491,10 @@ def test_wrong_arguments_are_refused(words: list[str], message: str, capsys: pyt
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["everything"], "there is no report 'everything'; there are auto-enable, pool-modes"),
-        (["--device", "gpu9"], "device 'gpu9': expected cpu or cuda[:index]"),
-        (["--device", "meta"], "device 'meta': expected cpu or cuda[:index]"),
-        (["--device", "cuda:99"], "device 'cuda:99': there is none here"),
+        (["everything"], "reports: expected some of auto-enable, pool-modes"),
+        (["--device", "gpu9"], "device: expected cpu or cuda[:index], got 'gpu9'"),
+        (["--device", "meta"], "device: expected cpu or cuda[:index], got 'meta'"),
+        (["--device", "cuda:99"], "device: expected a device that is here, got 'cuda:99'"),
         (["--resume"], "--resume: there are no rows in"),
     ],
 )
@@ -513,7 +513,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_any_work(
     SilentScreen()
     (tmp_path / "file").write_text("")
     assert command.run(parsed("--output", str(tmp_path / "file" / "report"))) == 2
-    assert "output folder" in capsys.readouterr().out
+    assert "output: expected a folder" in capsys.readouterr().out
 
 
 def test_exit_codes_of_runs(

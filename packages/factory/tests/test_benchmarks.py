@@ -22,7 +22,9 @@ def run(name: str, folder: Path, *options: str) -> tuple[dict, str]:
     command = [sys.executable, str(BENCHMARKS / f"bench_{name}.py"), *options, "--output", str(folder)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr
-    return json.loads((folder / f"{name}.json").read_text()), (folder / f"{name}.md").read_text()
+    page = (folder / f"{name}.md").read_text()
+    assert f"Raw data: [{name}.json]({name}.json). Command, from the repository's root: `python packages/" in page
+    return json.loads((folder / f"{name}.json").read_text()), page
 
 
 @pytest.mark.slow

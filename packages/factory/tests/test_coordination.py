@@ -481,10 +481,32 @@ def test_closing_does_not_wait_for_a_store_that_says_nothing(monkeypatch: pytest
         alone._pressure._thread.join(SECONDS)
 
 
+def test_a_store_that_fails_for_a_moment_does_not_end_the_watching_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    failing, failed, ask = threading.Event(), threading.Event(), Line._ask
+
+    def fail(line: Line, question: Callable[[], Any]) -> Any:
+        if failing.is_set() and threading.current_thread().name == "dilated pool coordinator, rank 1":
+            failed.set()
+            raise RuntimeError("the connection was reset")
+        return ask(line, question)
+
+    monkeypatch.setattr(pressure, "_RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(Line, "_ask", fail)
+    with coordinators(2, limit="8MiB") as (short, rich):
+        idle = rich.pool("host", min_bytes=0, arena_bytes=0)
+        idle.reserve("6MiB")
+        failing.set()
+        assert failed.wait(SECONDS)
+        failing.clear()
+        block = make_pool(short).allocate("4MiB")
+        assert idle.statistics().reserved_bytes <= 4 * MIB
+        del block
+
+
 def test_a_store_that_is_gone_is_an_error_that_names_the_rank() -> None:
     server = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=SECONDS), wait_for_workers=False)
     client = TCPStore("127.0.0.1", server.port, None, False, timedelta(seconds=SECONDS))
-    with coordinators(1, client, limit="8MiB") as (alone,):
+    with coordinators(1, client, limit="8MiB", timeout=0.2) as (alone,):
         pool = make_pool(alone)
         block = pool.allocate("1MiB")
         del server

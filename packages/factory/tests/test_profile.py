@@ -192,6 +192,16 @@ def test_a_profile_of_this_machines_other_device_is_left_alone_without_a_word(us
     assert users_profile("cpu") is None
 
 
+def test_a_profile_holds_for_the_card_that_is_asked_for(users: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cards = {"cuda:0": Hardware("cuda", "Older", "8.0"), "cuda:1": Hardware("cuda", "Newer", "9.0")}
+    fitting(device_type="cuda", hardware=cards["cuda:1"].key()).save(users)
+    monkeypatch.setattr(Hardware, "detect", lambda device: cards[str(device)])
+    assert users_profile("cuda:1") is not None
+    with pytest.warns(UserWarning, match="measured on cuda Newer.* and this is cuda Older"):
+        assert users_profile(torch.device("cuda", 0)) is None
+    assert users_profile("cuda:1") is not None
+
+
 def content(**changes: Any) -> str:
     return json.dumps({**fitting().content(), **changes})
 

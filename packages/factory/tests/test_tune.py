@@ -21,8 +21,8 @@ from dilated_core.measure import Timing
 from dilated_factory import Hardware, Policy, Profile, create_dilated_attention
 from dilated_factory.cli import main
 from dilated_factory.profile import AUTO, NEVER_BYTES, VARIABLE, KernelRule, load
+from dilated_factory.tuning import blocks, pools, session, text, tune
 from dilated_factory.tuning import budget as budgets
-from dilated_factory.tuning import pools, session, text, tune
 from dilated_factory.tuning.budget import FEWEST, MOST, Budget, OutOfTime, foresee
 from dilated_factory.tuning.cells import TOLERANCES
 from dilated_factory.tuning.probe import Probe
@@ -335,7 +335,9 @@ def test_a_tiny_run_measures_every_part_and_says_what_it_left_out(tuned: tuple[P
     assert all("figures" not in one for one in profile.measurements if one["part"] == "pool_tokens")
     assert profile.pool_thresholds == (4096, 8192)
     smallest = next(one for one in profile.measurements if one["part"] == "pool_bytes")
-    assert (smallest["bytes"], set(smallest["figures"])) == (65536, {"torch", "lightweight", "full"})
+    assert smallest["bytes"] == 65536
+    if "left_out" not in smallest:  # a busy machine may have no time for it
+        assert set(smallest["figures"]) == {"torch", "lightweight", "full"}
 
 
 def test_the_pool_is_timed_where_it_serves_tensors() -> None:
@@ -358,6 +360,13 @@ def test_progress_is_told_from_the_first_to_the_last(tuned: tuple[Profile, list[
     assert [done for done, _, _ in told] == list(range(1, total + 1))
     assert {of for _, of, _ in told} == {total}
     assert all(words for _, _, words in told)
+
+
+def test_progress_goes_on_to_the_end_where_block_sizes_are_left_out() -> None:
+    told: list[str] = []
+    little = replace(Hardware.detect("cpu"), memory_total=1)
+    assert blocks.block_sizes(Probe(torch.device("cpu"), little, 1, 8, told.append), Budget(1.0), [64], "float32") == {}
+    assert len(told) == len(blocks.SIZES)
 
 
 def test_what_was_measured_is_saved_loaded_and_followed(
@@ -425,10 +434,10 @@ def test_what_holds_too_much_memory_is_left_out() -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
-        ({"device": "tpu"}, ValueError, "device: expected cpu or cuda, got 'tpu'"),
-        ({"device": "meta"}, ValueError, "device: expected cpu or cuda, got 'meta'"),
+        ({"device": "tpu"}, ValueError, r"device: expected cpu or cuda\[:index\], got 'tpu'"),
+        ({"device": "meta"}, ValueError, r"device: expected cpu or cuda\[:index\], got 'meta'"),
         ({"device": 3.5}, TypeError, "device: expected"),
-        ({"device": "cuda:99"}, ValueError, "device: expected one of"),
+        ({"device": "cuda:99"}, ValueError, "device: expected a device that is here, got 'cuda:99'"),
         ({"budget_seconds": 0}, ValueError, "budget_seconds: expected a positive number, got 0"),
         ({"budget_seconds": math.inf}, ValueError, "budget_seconds: expected"),
         ({"budget_seconds": math.nan}, ValueError, "budget_seconds: expected"),

@@ -42,7 +42,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Attention over many ranks is imported when it is asked for: it needs the extra "ring"."""
+    """What is dear to import, or needs the extra "ring", is imported when it is asked for."""
     if name in _ADAPTIVE:
         from dilated_block_sparse import adaptive
 

@@ -1,4 +1,7 @@
-"""block_sparse_attention: the front door. Checks its arguments, then hands them to a backend."""
+"""block_sparse_attention: the front door. Checks its arguments, then hands them to a backend.
+
+Imports torch, dilated_core and this package's layouts and backends.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The same attention as nn.Modules, for one layout or one a length; weights named as dilated_core's."""
+"""The same attention as nn.Modules, for one layout or one a length; weights named as dilated_core's.
+
+Imports torch, dilated_core and the function.
+"""
 
 from __future__ import annotations
 
@@ -122,19 +125,26 @@ class BlockSparseAttention(nn.Module):
         """The layout of the rows of ``query``, whose shape the function checks in full."""
         if isinstance(self._layouts.source, BlockLayout):
             return self._layouts.source
-        if not isinstance(query, Tensor):
-            raise TypeError(f"query: expected a torch.Tensor, got {type(query).__name__}")
-        if query.ndim != 4:
-            raise ValueError(
-                f"query: expected 4 dimensions (batch, seq, heads, head_dim), got shape {tuple(query.shape)}"
-            )
         # A trace may not know the length; this makes it look, and compile once for each.
-        layout: BlockLayout = self.layout_for(operator.index(query.shape[1]))
+        layout: BlockLayout = self.layout_for(operator.index(length_of(query)))
         return layout
 
     def extra_repr(self) -> str:
         """What ``print(module)`` shows."""
         return f"{self.layout}, is_causal={self.is_causal}, backend={self.backend!r}, kernel={self.kernel!r}"
+
+
+def length_of(query: object) -> int:
+    """The length of (batch, seq, heads, head_dim), before anything else of it is looked at.
+
+    Raises:
+        TypeError, ValueError: it is no tensor of four dimensions.
+    """
+    if not isinstance(query, Tensor):
+        raise TypeError(f"query: expected a torch.Tensor, got {type(query).__name__}")
+    if query.ndim != 4:
+        raise ValueError(f"query: expected 4 dimensions (batch, seq, heads, head_dim), got shape {tuple(query.shape)}")
+    return query.shape[1]
 
 
 class BlockSparseMultiheadAttention(MultiheadProjections):

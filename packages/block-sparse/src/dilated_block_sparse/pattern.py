@@ -1,4 +1,7 @@
-"""Pattern: a layout for any length, by name and options; and the layouts that a module has made of one."""
+"""Pattern: a layout for any length, by name and options; and the layouts that a module has made of one.
+
+Imports dilated_core's checks and protocols, and the layouts.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,11 @@ class Pattern:
         object.__setattr__(self, "parts", ((name, settled),))
 
     def __call__(self, seq_len: int) -> BlockLayout:
-        """The layout of ``seq_len`` tokens. Raises what BlockLayout's constructor raises."""
+        """The layout of ``seq_len`` tokens.
+
+        Raises:
+            TypeError, ValueError: what the constructors of BlockLayout raise.
+        """
         layouts = [_make(name, seq_len, dict(options)) for name, options in self.parts]
         whole = layouts[0]
         for layout in layouts[1:]:

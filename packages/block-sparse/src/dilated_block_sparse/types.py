@@ -30,9 +30,11 @@ DEFAULT_BLOCK = 128
 
 
 class Builders(NamedTuple):
-    """Attributes:
-    attention: (segment_lengths, dilation_rates, **options) -> module of (query, key, value), heads apart.
-    multihead: (embed_dim, num_heads, segment_lengths, dilation_rates, **options) -> module.
+    """The two builders of a type, both called by keyword.
+
+    Attributes:
+        attention: (segment_lengths, dilation_rates, **options) -> module of (query, key, value), heads apart.
+        multihead: (embed_dim, num_heads, segment_lengths, dilation_rates, **options) -> module.
     """
 
     attention: Callable[..., nn.Module]

@@ -1,6 +1,6 @@
 """One call that picks, builds and explains a dilated attention; and the models made of them.
 
-The names below are imported when first used, so `import dilated_factory` itself costs nothing and the command
+The names below are imported when first used, so ``import dilated_factory`` itself costs nothing and the command
 line can answer without torch.
 """
 

@@ -1,4 +1,4 @@
-"""`python -m dilated_factory`: the command line where the `dilated` script is not on the path."""
+"""``python -m dilated_factory``: the command line where the ``dilated`` script is not on the path."""
 
 import sys
 

@@ -13,20 +13,22 @@ from typing import Any, Literal, cast
 from torch import nn
 
 from dilated_core import DilatedPattern
+from dilated_core.checks import positive_integer
+from dilated_factory.answer import decide
 from dilated_factory.decision import Decision
 from dilated_factory.hardware import Hardware
 from dilated_factory.hooks import FollowCalls, PrecisionOfFloat32
 from dilated_factory.hooks.calls import holder_of_kernel
 from dilated_factory.policy import Policy
 from dilated_factory.profile import Profile
-from dilated_factory.request import Request, make_pattern, positive
+from dilated_factory.request import Request, make_pattern
 from dilated_factory.resources.shared import SharedResources
 
 logger = logging.getLogger("dilated_factory")
 
 
 class DecidedModule(nn.Module):
-    """What type checkers see of a created module: an nn.Module with a `decision`.
+    """What type checkers see of a created module: an nn.Module with a ``decision``.
 
     At run time the module is of the attention type's own class; this one is never instantiated.
     """
@@ -60,7 +62,7 @@ def create_dilated_attention(
         segment_lengths, dilation_rates: one entry a branch; both None for the paper's pattern.
         sequence_length: expected tokens a call, for the choice of the type and the first decision; it limits nothing.
             Where it is None the policy knows no length: it is never guessed from the segments. Every call decides anew
-            where its length is of another class, see `Policy.length_class`.
+            where its length is of another class, see ``Policy.length_class``.
         enable_memory_pool, lightweight_pool, enable_pattern_cache: the caller's word, which wins over the policy; None
             leaves it to the policy.
         buffer_manager: draw each kind of buffer (output, temp, comm, cache, ...) from a pool of its own.
@@ -68,19 +70,18 @@ def create_dilated_attention(
         fp32_precision: of float32 matrix products during a call: torch's own switch is set, and restored after it. None
             leaves it as it is. The switch is the process's, and the backward pass runs outside of the call.
         policy: thresholds; None for the defaults, changed by the profile.
-        profile: what `dilated tune` measured; "user" for the user's own, where it fits this machine; None for none.
+        profile: what ``dilated tune`` measured; "user" for the user's own, where it fits this machine; None for none.
         hardware: what to decide for; None to look at this machine.
-        resources: the pools and the cache to share; None for the process's own, `shared_resources()`.
-        options: of the type (is_causal=, softmax_scale=, attention_dropout=, semantics=, kernel=, ...). `allocator=`
-            and `patterns=` are a pool and a cache of one's own, instead of the shared ones. `group=` says that the
+        resources: the pools and the cache to share; None for the process's own, ``shared_resources()``.
+        options: of the type (is_causal=, softmax_scale=, attention_dropout=, semantics=, kernel=, ...). ``allocator=``
+            and ``patterns=`` are a pool and a cache of one's own, instead of the shared ones. ``group=`` says that the
             ranks of a process group hold shards of one sequence.
 
     Returns:
-        The module, of the type's own class, with the `Decision` at `module.decision`.
+        The module, of the type's own class, with the ``Decision`` at ``module.decision``.
 
     Raises:
-        TypeError: an argument of the wrong type, or an option the type does not have; the message lists those
-        it has.
+        TypeError: an argument of a wrong type, or an option that the type does not have; those it has are listed.
         ValueError: an unknown type, sizes that do not fit, or words that contradict each other.
         NotInstalledError: a known type that is not installed.
 
@@ -136,10 +137,9 @@ def create_multihead_dilated_attention(
 
     Args:
         embed_dim, num_heads: required; embed_dim is a multiple of num_heads.
-        options: of the type (dropout=, bias=, layer_norm=, kv_heads=, is_causal=, kernel=, device=, dtype=,
-        ...).
+        options: of the type (dropout=, bias=, layer_norm=, kv_heads=, is_causal=, kernel=, device=, dtype=, ...).
 
-    The other arguments, the return and what is raised are those of `create_dilated_attention`.
+    The other arguments are those of ``create_dilated_attention``, and so are what is returned and what is raised.
 
     >>> import torch
     >>> attention = create_multihead_dilated_attention("improved", 16, 4, [4, 8], [1, 2], kernel="math")
@@ -151,7 +151,7 @@ def create_multihead_dilated_attention(
     if embed_dim is None or num_heads is None:
         missing = "embed_dim" if embed_dim is None else "num_heads"
         raise TypeError(f"{missing}: expected a positive int, got None (e.g. embed_dim=512, num_heads=8)")
-    embed_dim, num_heads = positive("embed_dim", embed_dim), positive("num_heads", num_heads)
+    embed_dim, num_heads = positive_integer("embed_dim", embed_dim), positive_integer("num_heads", num_heads)
     if embed_dim % num_heads:
         raise ValueError(f"embed_dim: expected a multiple of num_heads = {num_heads}, got {embed_dim}")
     pattern = make_pattern(segment_lengths, dilation_rates)
@@ -174,7 +174,7 @@ def create_multihead_dilated_attention(
 
 
 def _build(request: Request, form: str, pattern: DilatedPattern, **sizes: int) -> DecidedModule:
-    decision, builder, options, rules = request.decide(form, **sizes)
+    decision, builder, options, rules = decide(request, form, **sizes)
     module = builder(segment_lengths=pattern.segment_lengths, dilation_rates=pattern.dilation_rates, **sizes, **options)
     decided = cast(DecidedModule, module)
     decided.decision = decision

@@ -12,7 +12,7 @@ from dilated_factory.policy import Policy, PoolMode
 
 @dataclass(frozen=True)
 class Decision:
-    """The choices behind one module, readable at `module.decision`.
+    """The choices behind one module, readable at ``module.decision``.
 
     The module's calls may change it: where a rule goes by sequence length, it is that of the latest call.
 

@@ -27,10 +27,22 @@ _OPTIONAL = ("pool_lightweight_from", "pool_full_from", "memory_budget_bytes")
 
 @dataclass(frozen=True)
 class Policy:
-    """What the factory does where the caller has not spoken; change a rule with `dataclasses.replace`.
+    """What the factory does where the caller has not spoken; change a rule with ``dataclasses.replace``.
 
-    Lengths are in tokens, memory in bytes; a pool threshold of None is never reached. Raises TypeError or ValueError
-    when a threshold is not a positive whole number or two of them are out of order.
+    Lengths are in tokens, memory in bytes.
+
+    Attributes:
+        pool_lightweight_from, pool_full_from: the lengths from which each mode of a pool is on; None for never.
+        pool_always: types that have a pool at any length.
+        sparse_above: above this length "auto" may be an approximation, where the caller allows one.
+        pattern_cache: whether plans are kept in a cache.
+        memory_budget_bytes: what one attention call may hold before the decision warns; None for all that the device
+            has.
+        live_tensors: how many tensors like the query a call holds at the very least: query, key, value, output and a
+            gradient of each.
+
+    Raises:
+        TypeError, ValueError: a threshold that is no positive int, or two of them out of order.
 
     >>> Policy().choose_pool("improved", 4095)[0], Policy().choose_pool("improved", 4096)[0]
     ('off', 'lightweight')
@@ -45,7 +57,7 @@ class Policy:
     # Same report, "Special Implementations", and the rule in "Memory Pool Integration Summary Report".
     pool_always: tuple[str, ...] = ("ring", "distributed", "block_sparse", "block_sparse_ring")
     # Specification, "Performance Benchmark Report", "For Long Sequences": block_sparse_ring above 64K. Its ring from 8K
-    # on would need shards of the sequence, and those need a ring at any length: see `choose_type`.
+    # on would need shards of the sequence, and those need a ring at any length: see ``choose_type``.
     sparse_above: int = 65536
     # Specification, "Pattern Caching Performance Analysis Report", recommendation 1: on by default.
     pattern_cache: bool = True
@@ -82,10 +94,15 @@ class Policy:
     ) -> tuple[PoolMode, str]:
         """Return the pool mode and the reason for it.
 
-        `enable` and `lightweight` are the caller's own words and win over the thresholds: `enable=False` is
-        off, `enable=True` is on at any length, `lightweight=True` asks for a lightweight pool (so it is on),
-        and `lightweight=False` makes whatever pool is on a full one. Raises ValueError when the two
-        contradict.
+        Args:
+            attention_type: the type's name.
+            sequence_length: tokens; None where it is not known.
+            enable: the caller's own word, which wins over the thresholds: False is off, True is on at any length.
+            lightweight: the same: True asks for a lightweight pool (so it is on), and False makes whatever pool is on a
+                full one.
+
+        Raises:
+            ValueError: the two words contradict each other.
 
         >>> Policy().choose_pool("ring", 511)
         ('lightweight', 'ring always uses a pool; lightweight, because 511 tokens is below 4,096')
@@ -148,11 +165,15 @@ class Policy:
     ) -> tuple[str, tuple[str, ...]]:
         """Return what "auto" means here, and the reasons in the order they were weighed.
 
-        `installed` holds the names of the usable types, `working_set` and `memory_total` are bytes (None:
-        unknown). `sharded` says that the ranks of a group hold shards of one sequence, which only the ring types
-        attend as one: they are then the answer at any length. That a process group of `world_size` ranks is
-        initialised says nothing of the kind, since data-parallel training has one too.
-        An approximation is chosen only with `allow_sparse=True`, and one that is not installed never.
+        Args:
+            sequence_length: tokens; None where it is not known.
+            installed: the names of the usable types.
+            sharded: whether the ranks of a group hold shards of one sequence, which only the ring types attend as one:
+                they are then the answer at any length.
+            world_size: ranks of the process group that is initialised. It says nothing of shards, since data-parallel
+                training has one too.
+            working_set, memory_total: bytes that a call holds at least, and that the device has; None for unknown.
+            allow_sparse: whether an approximation may be chosen, where one is installed.
 
         >>> Policy().choose_type(8192, installed={"improved", "ring"}, sharded=True)[0]
         'ring'

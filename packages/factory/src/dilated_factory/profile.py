@@ -1,4 +1,4 @@
-"""What `dilated tune` measured on a machine, as the factory uses it: a file of thresholds with their measurements.
+"""What ``dilated tune`` measured on a machine, as the factory uses it: a file of thresholds with their measurements.
 
 The file is JSON, one a user, and says what it was measured on and with. One that was measured elsewhere, or with other
 versions, is not used. Imports the standard library and the policy; torch and platformdirs when they are asked for.
@@ -12,9 +12,12 @@ import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dilated_factory.policy import Policy
+
+if TYPE_CHECKING:
+    import torch
 
 # The version of the file's form.
 FORMAT = 1
@@ -22,9 +25,9 @@ FORMAT = 1
 VARIABLE = "DILATED_PROFILE"
 # A figure measured with another minor version of one of these says nothing.
 MEASURED_WITH = ("torch", "dilated-core", "dilated-memory-pool")
-# As `pool_min_bytes`: more than any tensor has, where a pool was never faster.
+# As ``pool_min_bytes``: more than any tensor has, where a pool was never faster.
 NEVER_BYTES = 2**62
-# As a rule's kernel: what `kernel="auto"` takes was the fastest.
+# As a rule's kernel: what ``kernel="auto"`` takes was the fastest.
 AUTO = "auto"
 
 
@@ -41,10 +44,8 @@ class KernelRule:
 class Profile:
     """The thresholds that one machine measured. None, and no rule, leave what the policy says.
 
-    Raises TypeError or ValueError where a field is none of its own.
-
     Attributes:
-        hardware: `Hardware.key()` of what it was measured on.
+        hardware: ``Hardware.key()`` of what it was measured on.
         device_type: "cpu" or "cuda".
         versions: of the distributions it was measured with.
         created: date and time, UTC, ISO 8601.
@@ -56,6 +57,9 @@ class Profile:
             function, so this is told and never applied.
         measurements: every figure that these were taken from.
         path: the file it was read from, "" for none.
+
+    Raises:
+        TypeError, ValueError: a field of a wrong type, or thresholds that are out of order.
 
     >>> Profile("here", "cpu", pool_thresholds=(None, 65536)).policy(Policy()).pool_full_from
     65536
@@ -95,14 +99,18 @@ class Profile:
         self.policy(Policy())  # thresholds out of order are found here
 
     def policy(self, policy: Policy) -> Policy:
-        """`policy` with the thresholds that were measured."""
+        """``policy`` with the thresholds that were measured."""
         if self.pool_thresholds is None:
             return policy
         lightweight, full = self.pool_thresholds
         return replace(policy, pool_lightweight_from=lightweight, pool_full_from=full)
 
     def kernel(self, dtype: str, length: int) -> str | None:
-        """The kernel that was faster than auto's own choice for that dtype and length; None where none was.
+        """The kernel that was faster than auto's own choice; None where none was.
+
+        Args:
+            dtype: its name, "float32".
+            length: tokens.
 
         >>> Profile("here", "cpu", kernels=(KernelRule("float32", 1024, "cpu_flash"),)).kernel("float32", 4096)
         'cpu_flash'
@@ -112,7 +120,10 @@ class Profile:
         return None if kernel == AUTO else kernel
 
     def objection(self, hardware: str) -> str | None:
-        """Why it says nothing about that hardware (its key) with what is installed now; None where it does.
+        """Why it says nothing about a machine with what is installed there now; None where it does.
+
+        Args:
+            hardware: ``Hardware.key()`` of the machine.
 
         >>> Profile("there", "cpu").objection("here")
         'it was measured on there, and this is here'
@@ -126,7 +137,17 @@ class Profile:
         return None
 
     def save(self, path: Path | str | None = None) -> Path:
-        """Write it to `path`, or to the user's own place; the path. A reader sees the old file or the new one."""
+        """Write it to a file. Who reads it meanwhile sees the old file or the new one.
+
+        Args:
+            path: the file; None for the user's own, ``default_path()``. Its folder is made where it is missing.
+
+        Returns:
+            The path that was written.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         place = default_path() if path is None else Path(path)
         place.parent.mkdir(parents=True, exist_ok=True)
         partly = place.with_name(f"{place.name}.{os.getpid()}")
@@ -147,7 +168,11 @@ class Profile:
 
 
 def load(path: Path | str) -> Profile:
-    """Read a profile. Raises OSError where there is none, ValueError where the file is not one of this format.
+    """Read a profile.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: the file is no profile, or one of another format.
 
     >>> load("nowhere.json")
     Traceback (most recent call last):
@@ -192,19 +217,20 @@ def default_path() -> Path:
 
 # What tells one version of a file from the next.
 _State = tuple[str, int, int, int]
-# By the device asked for and torch's threads, which are part of what a profile is measured on and may change.
+# By the device and torch's threads, which are part of what a profile is measured on and may change.
 _known: dict[tuple[str, int], tuple[_State, Profile | None]] = {}
 _warned: set[_State] = set()
 
 
-def users_profile(device_type: str | None = None) -> Profile | None:
-    """The user's profile, where it says something about this machine.
+def users_profile(device: torch.device | str | None = None) -> Profile | None:
+    """The user's profile, where it says something about that device of this machine.
 
     One that does not, or cannot be read, is left alone with one warning (UserWarning) a file and version of it. It is
     read again when it changes, or when torch has another number of threads.
 
     Args:
-        device_type: for which device; None for the one `Hardware.detect()` takes.
+        device: "cpu", "cuda:1", ...; a CUDA device without an index is the current one. None for the best that is
+            present, as ``Hardware.detect`` has it.
     """
     named = os.environ.get(VARIABLE)
     if named == "off":
@@ -219,10 +245,13 @@ def users_profile(device_type: str | None = None) -> Profile | None:
     state = (str(path), found.st_mtime_ns, found.st_ino, found.st_size)
     import torch
 
-    asked = device_type or "", torch.get_num_threads()
+    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)
+    if str(place) == "cuda" and torch.cuda.is_available():  # without an index
+        place = torch.device("cuda", torch.cuda.current_device())
+    asked = str(place), torch.get_num_threads()
     cached = _known.get(asked)
     if cached is None or cached[0] != state:
-        profile, objection = _fitting(path, device_type)
+        profile, objection = _fitting(path, place)
         if objection is not None:
             _warn_once(state, objection)
         _known[asked] = cached = state, profile
@@ -235,7 +264,7 @@ def _warn_once(state: _State, words: str) -> None:
         warnings.warn(words, stacklevel=4)
 
 
-def _fitting(path: Path, device_type: str | None) -> tuple[Profile | None, str | None]:
+def _fitting(path: Path, device: torch.device) -> tuple[Profile | None, str | None]:
     """The profile of a file, or what is wrong with it. Neither where it was made for another device of this machine."""
     from dilated_factory.hardware import Hardware
 
@@ -243,7 +272,7 @@ def _fitting(path: Path, device_type: str | None) -> tuple[Profile | None, str |
         profile = load(path)
     except (OSError, ValueError) as error:
         return None, f"the profile is not used: {error}"
-    hardware = Hardware.detect(device_type)
+    hardware = Hardware.detect(device)
     if profile.device_type != hardware.device_type:
         return None, None
     objection = profile.objection(hardware.key())

@@ -1,7 +1,7 @@
 """Which attention types exist: those this project knows, and those that installed distributions register.
 
 A distribution registers a type with an entry point of the group "dilated.attention", whose target is an
-object with the two builders of `dilated_factory.types.AttentionType`. Nothing is imported until a type is
+object with the two builders of ``dilated_factory.types.AttentionType``. Nothing is imported until a type is
 asked for. Imports the standard library only.
 """
 
@@ -31,7 +31,7 @@ _FACTORY = "dilated-factory"
 class KnownType:
     """A type of this project: the distribution that provides it, and the factory's extra that brings that.
 
-    `beside` is a distribution that the type needs and its own does not always bring.
+    ``beside`` is a distribution that the type needs and its own does not always bring.
     """
 
     distribution: str
@@ -89,9 +89,9 @@ def install_command(name: str) -> str:
 def installed() -> dict[str, Registration]:
     """Return the usable types by name, the project's own first; only metadata is read, nothing is imported.
 
-    Where several distributions register one name, the one this project names as its provider wins, otherwise
-    the first in alphabetical order. Warns (UserWarning) of each such name, and of a registration of "auto",
-    which is ignored. A type of this project that needs a distribution which is missing is left out.
+    Where several distributions register one name, the one this project names as its provider wins, otherwise the first
+    in alphabetical order; a UserWarning says so, and another that a registration of "auto" is ignored. A type of this
+    project that needs a distribution which is missing is left out.
 
     >>> list(installed())[:2]
     ['standard', 'improved']
@@ -120,10 +120,12 @@ def installed() -> dict[str, Registration]:
 
 
 def check_name(name: object, usable: dict[str, Registration]) -> None:
-    """Raise unless `name` is "auto" or one of the `usable` types.
+    """Raise unless ``name`` is "auto" or one of the ``usable`` types.
 
-    Raises TypeError for something that is no string, NotInstalledError for a known type that is not
-    installed, and ValueError, with the list and the nearest name, for any other.
+    Raises:
+        TypeError: it is no str.
+        NotInstalledError: a known type that is not installed.
+        ValueError: any other; the message lists the names, and says which is the nearest.
     """
     if not isinstance(name, str):
         raise TypeError(f"attention_type: expected a str, got {name!r} of type {type(name).__name__}")
@@ -146,8 +148,9 @@ def check_name(name: object, usable: dict[str, Registration]) -> None:
 def load(registration: Registration) -> AttentionType:
     """Import one registered type.
 
-    Raises ImportError when its target cannot be imported, TypeError when it lacks a builder; both name who
-    registered it.
+    Raises:
+        ImportError: its target cannot be imported; the message names who registered it.
+        TypeError: it lacks a builder; the same.
 
     >>> load(installed()["improved"]).multihead.func.__name__
     'MultiheadDilatedAttention'

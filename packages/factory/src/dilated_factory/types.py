@@ -28,9 +28,9 @@ class AttentionType(Protocol):
     """What an entry point of the group "dilated.attention" must load to. Both builders are called by keyword.
 
     The options a builder accepts are read from its signature, so misspelled ones are refused before it is
-    called; with `**options` in its signature the builder has to refuse them itself. Where it names `allocator` or
-    `patterns` it is given the shared memory pool or pattern cache by them, see `dilated_core.Allocator` and
-    `dilated_core.PatternStore`.
+    called; with ``**options`` in its signature the builder has to refuse them itself. Where it names ``allocator`` or
+    ``patterns`` it is given the shared memory pool or pattern cache by them, see ``dilated_core.Allocator`` and
+    ``dilated_core.PatternStore``.
     """
 
     @property

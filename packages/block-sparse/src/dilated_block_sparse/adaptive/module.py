@@ -205,7 +205,17 @@ class BlockSparseAdaptiveAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         query_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """The scores that blocks are chosen by, (batch, heads, q_blocks, kv_blocks); arguments as ``forward``."""
+        """The scores that blocks are chosen by.
+
+        Args:
+            query, key, is_causal, key_padding_mask, query_padding_mask: as in ``forward``.
+
+        Returns:
+            (batch, heads, q_blocks, kv_blocks), float32 (float64 for float64), -inf where nothing can be attended.
+
+        Raises:
+            TypeError, ValueError: as ``block_scores``.
+        """
         causal = self.is_causal if is_causal is None else is_causal
         if self.scorer is not None:
             scores: Tensor = self.scorer(
@@ -241,7 +251,17 @@ class BlockSparseAdaptiveAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         query_padding_mask: Tensor | None = None,
     ) -> BlockLayout:
-        """The layout that ``forward`` would attend: batch * heads heads, the first batch row's first."""
+        """The layout that ``forward`` would attend.
+
+        Args:
+            query, key, is_causal, key_padding_mask, query_padding_mask: as in ``forward``.
+
+        Returns:
+            BlockLayout of batch * heads heads, those of the first batch row first.
+
+        Raises:
+            TypeError, ValueError: as ``block_scores``.
+        """
         causal = self.is_causal if is_causal is None else is_causal
         scores = self.scores(
             query, key, is_causal=causal, key_padding_mask=key_padding_mask, query_padding_mask=query_padding_mask

@@ -26,18 +26,21 @@ class Recall:
 
     Attributes:
         rows: (batch, heads, q_len), float32 or float64, in [0, 1] up to rounding; NaN in a row that has no key at all.
+
+    >>> Recall(torch.tensor([[[1.0, 0.5, 0.75]]])).mean
+    tensor([0.7500])
     """
 
     rows: Tensor
 
     @property
     def mean(self) -> Tensor:
-        """(heads,), over batch and rows."""
+        """The mean over batch and rows, (heads,)."""
         return self._by_head().nanmean(-1)
 
     @property
     def minimum(self) -> Tensor:
-        """(heads,), the worst row's; NaN where no row has a key."""
+        """The worst row's, (heads,); NaN where no row has a key."""
         shares = self._by_head()
         if not shares.shape[-1]:
             return shares.new_full(shares.shape[:1], math.nan)
@@ -45,7 +48,11 @@ class Recall:
         return least.masked_fill(least == math.inf, math.nan)
 
     def quantile(self, share: float) -> Tensor:
-        """(heads,): that share of the rows, in [0, 1], has at most this recall."""
+        """What that share of the rows, in [0, 1], has at most, (heads,).
+
+        Raises:
+            ValueError: ``share`` is outside of [0, 1].
+        """
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"share: expected a number in [0, 1], got {share}")
         # Sorted rather than torch.quantile, which refuses more than 16M rows. NaN is sorted last.
@@ -88,6 +95,11 @@ def attention_recall(
 
     Raises:
         TypeError, ValueError: as ``block_sparse_attention``.
+
+    >>> query, key = torch.randn(2, 1, 96, 2, 8).unbind()
+    >>> recall = attention_recall(query, key, BlockLayout.full(96, block_size=32))
+    >>> torch.allclose(recall.mean, torch.ones(2))
+    True
     """
     query, key = checks.autocast(query, key)
     checks.query_key_value(query, key, key, same_length=is_causal, enable_gqa=enable_gqa)

@@ -1,7 +1,8 @@
 """Scores of whole blocks from pooled queries and keys: one number a block, never one a pair of tokens.
 
 A table of scores has (tokens / block) squared entries for each head and batch row: 4 MiB in float32 at 128k tokens and
-blocks of 128, 256 MiB at 1M. Choose larger blocks for longer sequences. Imports torch and dilated_core only.
+blocks of 128, 256 MiB at 1M. Choose larger blocks for longer sequences. Imports torch, dilated_core and the layout's
+checks.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ def select_blocks(
     A block of score -inf, of which nothing can be attended, is never kept, nor one that is_causal hides.
 
     Args:
-        scores: (..., q_blocks, kv_blocks), floating.
+        scores: (..., q_blocks, kv_blocks), floating point.
         q_len, kv_len: tokens.
         block_size: tokens in a block, or (rows, columns).
         keep: an int of at least 1: so many blocks a row. A float in (0, 1]: that share of the row's blocks that can be
@@ -125,6 +125,9 @@ def select_layout(
 
     Returns:
         BlockLayout, heads == batch * heads: for query (1, q_len, batch * heads, head_dim), or for ``attend_layout``.
+
+    Raises:
+        TypeError, ValueError: as ``select_blocks``.
     """
     kept = select_blocks(
         scores,
@@ -196,7 +199,7 @@ def _wider(table: Tensor, columns: int, fill: float) -> Tensor:
 def _check_scores(scores: object, q_blocks: int, kv_blocks: int) -> None:
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         found = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
-        raise TypeError(f"scores: expected a floating tensor, got {found}")
+        raise TypeError(f"scores: expected a floating point tensor, got {found}")
     if scores.shape[-2:] != (q_blocks, kv_blocks):
         raise ValueError(
             f"scores: expected shape (..., q_blocks, kv_blocks) = (..., {q_blocks}, {kv_blocks}), "

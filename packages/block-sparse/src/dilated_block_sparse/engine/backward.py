@@ -14,11 +14,12 @@ from torch import Tensor
 from dilated_block_sparse.engine.bias import bias_gradient, widened
 from dilated_block_sparse.engine.gather import Scratch, add_at
 from dilated_block_sparse.engine.heads import heads_of
-from dilated_block_sparse.engine.work import Extras, Options, Work, last_stride_1, readable, work_of
+from dilated_block_sparse.engine.work import Extras, Options, Work, readable, work_of
 from dilated_block_sparse.layout import BlockLayout
 from dilated_core.kernels import rows_for_backward, tile_backward
 from dilated_core.partial import accumulation_dtype
 from dilated_core.resources import NO_RESOURCES, OF_QKV, Resources
+from dilated_core.tiles import last_stride_1
 
 SUMS = ("grad_query", "grad_key", "grad_value")
 

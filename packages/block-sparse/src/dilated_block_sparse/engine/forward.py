@@ -12,12 +12,12 @@ from torch import Tensor
 
 from dilated_block_sparse.engine.bias import COLUMNS
 from dilated_block_sparse.engine.heads import heads_of
-from dilated_block_sparse.engine.work import Extras, Options, Work, last_stride_1, readable, work_of
+from dilated_block_sparse.engine.work import Extras, Options, Work, readable, work_of
 from dilated_block_sparse.layout import BlockLayout
 from dilated_core.kernels import Kernel, Needs, choose
 from dilated_core.partial import accumulation_dtype
 from dilated_core.resources import NO_RESOURCES, Resources
-from dilated_core.tiles import attend_tile, merge_tile
+from dilated_core.tiles import attend_tile, last_stride_1, merge_tile
 
 RESULTS = ("out", "lse")
 

@@ -17,7 +17,7 @@ from dilated_block_sparse.plan import HeadPlan, Stack, plan_of
 from dilated_core.kernels import Dropout, Problem
 from dilated_core.partial import accumulation_dtype
 from dilated_core.resources import Resources
-from dilated_core.tiles import make_problem
+from dilated_core.tiles import last_stride_1, make_problem
 
 # Rows of a call at least, where there are more: long calls are fast.
 FEWEST_ROWS = 512
@@ -199,8 +199,3 @@ def readable(work: Work, name: str, tensor: Tensor) -> Tensor:
     if all(stack.in_place for stack in work.plan.stacks):
         return last_stride_1(tensor)
     return work.scratch.contiguous(name, tensor)
-
-
-def last_stride_1(tensor: Tensor) -> Tensor:
-    """As the kernels read it."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

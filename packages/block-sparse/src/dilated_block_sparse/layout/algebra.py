@@ -175,11 +175,11 @@ def stack(layouts: Sequence[BlockLayout]) -> BlockLayout:
     """Layouts of the same sizes, the heads of one after those of the other. Raises ValueError where sizes differ."""
     layouts = list(layouts)
     if not layouts:
-        raise ValueError("stack: expected at least one layout, got none")
+        raise ValueError("layouts: expected at least one layout, got none")
     for place, layout in enumerate(layouts):
         if not isinstance(layout, block_layout.BlockLayout):
-            raise TypeError(f"stack: expected BlockLayouts, got {type(layout).__name__} at place {place}")
-    _check_sizes("stack", layouts)
+            raise TypeError(f"layouts[{place}]: expected a BlockLayout, got {type(layout).__name__}")
+    _check_sizes("layouts", layouts)
     return block_layout.BlockLayout(
         offsets(torch.cat([layout.indptr.diff(dim=1) for layout in layouts])),
         torch.cat([layout.indices for layout in layouts]),

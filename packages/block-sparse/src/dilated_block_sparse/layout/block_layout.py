@@ -93,7 +93,11 @@ class BlockLayout(Constructors):
         return algebra.density(self)
 
     def row(self, block: int, head: int = 0) -> list[int]:
-        """The live columns of a row of blocks."""
+        """The live columns of a row of blocks, rising.
+
+        Raises:
+            TypeError, ValueError: there is no such row of blocks, or no such head.
+        """
         checks.index("block", block, self.q_blocks)
         checks.index("head", head, self.heads)
         start, stop = self.indptr[head, block : block + 2].tolist()
@@ -135,6 +139,9 @@ class BlockLayout(Constructors):
         """Check the compressed rows again, as at construction, forget what was made of them, and return self.
 
         For who has written to them: plans, key and density are otherwise those of before.
+
+        Raises:
+            ValueError: as the constructor.
         """
         checks.compressed_rows(self.indptr, self.indices, self.q_blocks, self.kv_blocks)
         self.plans.clear()
@@ -145,15 +152,20 @@ class BlockLayout(Constructors):
     # -------------------------------------------------------------------------------------------- algebra
 
     def __or__(self, other: BlockLayout) -> BlockLayout:
-        """Blocks that live in either. A layout that all heads share goes with one a head."""
+        """Blocks that live in either. A layout that all heads share goes with one a head.
+
+        Raises:
+            TypeError: the other side is no BlockLayout.
+            ValueError: other lengths, another block size, or other heads.
+        """
         return algebra.union(self, other)
 
     def __and__(self, other: BlockLayout) -> BlockLayout:
-        """Blocks that live in both."""
+        """Blocks that live in both; as ``|`` otherwise."""
         return algebra.intersection(self, other)
 
     def __sub__(self, other: BlockLayout) -> BlockLayout:
-        """Blocks that live here and not in the other."""
+        """Blocks that live here and not in the other; as ``|`` otherwise."""
         return algebra.difference(self, other)
 
     def causal(self) -> BlockLayout:
@@ -182,6 +194,9 @@ class BlockLayout(Constructors):
     def q_slice(self, start: int, stop: int) -> BlockLayout:
         """Rows of tokens ``start`` to ``stop`` as a layout; both are on the edges of blocks, or the end.
 
+        Raises:
+            TypeError, ValueError: they are no such positions.
+
         >>> layout = BlockLayout.from_rows([[0], [0, 1], [2]], q_len=300, kv_len=300)
         >>> layout.q_slice(128, 300)
         BlockLayout(q_len=172, kv_len=300, block_size=(128, 128), heads=1, live=3, density=0.673)
@@ -189,17 +204,29 @@ class BlockLayout(Constructors):
         return algebra.q_slice(self, start, stop)
 
     def kv_slice(self, start: int, stop: int) -> BlockLayout:
-        """Keys of tokens ``start`` to ``stop`` as a layout; both are on the edges of blocks, or the end."""
+        """Keys of tokens ``start`` to ``stop`` as a layout; both are on the edges of blocks, or the end.
+
+        Raises:
+            TypeError, ValueError: they are no such positions.
+        """
         return algebra.kv_slice(self, start, stop)
 
     def head(self, head: int) -> BlockLayout:
-        """The layout of one head."""
+        """The layout of one head.
+
+        Raises:
+            TypeError, ValueError: there is no such head.
+        """
         checks.index("head", head, self.heads)
         return algebra.select_heads(self, [head])
 
     @classmethod
     def stack(cls, layouts: Sequence[BlockLayout]) -> BlockLayout:
-        """Layouts of the same sizes, one head after the other."""
+        """Layouts of the same sizes, the heads of one after those of the other.
+
+        Raises:
+            TypeError, ValueError: none, something else than a BlockLayout, or other sizes.
+        """
         return algebra.stack(layouts)
 
     # -------------------------------------------------------------------------------------------- conversions
@@ -215,6 +242,10 @@ class BlockLayout(Constructors):
     ) -> BlockLayout:
         """A layout from the live columns of every row of blocks, in any order; one list a head where it is nested.
 
+        Raises:
+            TypeError: columns that are no ints.
+            ValueError: not one list a row of blocks, or columns that come twice or are out of range; the row is named.
+
         >>> BlockLayout.from_rows([[0], [1, 0], [2]], q_len=300, kv_len=300).row(1)
         [0, 1]
         >>> BlockLayout.from_rows([[[0], [1]], [[0], [0, 1]]], q_len=200, kv_len=200).heads
@@ -227,7 +258,8 @@ class BlockLayout(Constructors):
         """The blocks in which ``mask``, bool (q_len, kv_len) or (heads, q_len, kv_len), is True.
 
         Raises:
-            ValueError: a block that is live in part.
+            TypeError: no bool tensor.
+            ValueError: another shape, or a block that is live in part; it is named.
         """
         return tables.from_dense(mask, block_size)
 
@@ -237,7 +269,12 @@ class BlockLayout(Constructors):
 
     @classmethod
     def from_blocks(cls, blocks: Tensor, q_len: int, kv_len: int, *, block_size: BlockSize = 128) -> BlockLayout:
-        """A layout from a bool table of blocks, (q_blocks, kv_blocks) or (heads, q_blocks, kv_blocks)."""
+        """A layout from a bool table of blocks, (q_blocks, kv_blocks) or (heads, q_blocks, kv_blocks).
+
+        Raises:
+            TypeError: no bool tensor.
+            ValueError: another shape than the lengths and the block size make.
+        """
         return tables.from_blocks(blocks, q_len, kv_len, block_size)
 
     def to_blocks(self) -> Tensor:
@@ -249,6 +286,10 @@ class BlockLayout(Constructors):
         """The blocks of a FlexAttention BlockMask of batch 1, of which none may be live in part.
 
         Of those that ``to_block_mask`` made, the partial blocks count whole: for ``is_causal`` it is the causal layout.
+
+        Raises:
+            TypeError: not a BlockMask.
+            ValueError: a batch other than 1, or a partial block; the first is named.
         """
         return block_mask.from_block_mask(mask)
 
@@ -257,6 +298,9 @@ class BlockLayout(Constructors):
 
         It keeps 17 bytes a block, live or not: above 1 GiB it is refused. Name the device here: ``BlockMask.to`` leaves
         the mask_mod's table where it is. Partial blocks are those on the diagonal, with ``is_causal``, and short ones.
+
+        Raises:
+            ValueError: more than 1 GiB; with ``is_causal``, q_len that is not kv_len.
         """
         return block_mask.to_block_mask(self, is_causal=is_causal, device=device)
 
@@ -276,7 +320,11 @@ class BlockLayout(Constructors):
     def from_bsr(
         cls, indptr: Tensor, indices: Tensor, q_len: int, kv_len: int, *, block_size: BlockSize = 128
     ) -> BlockLayout:
-        """The inverse of ``to_bsr``; columns may come in any order."""
+        """The inverse of ``to_bsr``; columns may come in any order.
+
+        Raises:
+            TypeError, ValueError: as the constructor.
+        """
         return lists.from_bsr(indptr, indices, q_len, kv_len, block_size)
 
     def to_lists(self, *, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
@@ -294,22 +342,43 @@ class BlockLayout(Constructors):
     def from_lists(
         cls, counts: Tensor, columns: Tensor, q_len: int, kv_len: int, *, block_size: BlockSize = 128
     ) -> BlockLayout:
-        """The inverse of ``to_lists``."""
+        """The inverse of ``to_lists``; columns may come in any order.
+
+        Raises:
+            TypeError, ValueError: as the constructor; a batch other than 1.
+        """
         return lists.from_lists(counts, columns, q_len, kv_len, block_size)
 
     # -------------------------------------------------------------------------------------------- files, pictures
 
     def save(self, path: str | Path) -> None:
-        """Write it to a file that ``load`` reads."""
+        """Write it to a file that ``load`` reads: 4 bytes a live block, and 8 for each row of blocks and head."""
         files.save(self, path)
 
     @classmethod
     def load(cls, path: str | Path) -> BlockLayout:
-        """Read what ``save`` wrote, and check it."""
+        """Read what ``save`` wrote, and check it. Nothing in the file is executed.
+
+        Raises:
+            OSError: no file that can be read.
+            ValueError: a damaged file, one of something else, or one of a later version; the path is named.
+        """
         return files.load(path)
 
     def draw(self, path: str | Path | None = None, *, heads: Sequence[int] | None = None) -> Any:
-        """Draw the blocks, one panel a head, and return matplotlib's Figure; needs the extra "plot"."""
+        """Draw the blocks, one panel a head, tokens along both axes; needs the extra "plot".
+
+        Args:
+            path: where to save it, PNG or what else matplotlib knows by the suffix; None saves nothing.
+            heads: which heads, of which the first 16 are drawn; None for all.
+
+        Returns:
+            matplotlib's Figure.
+
+        Raises:
+            ImportError: matplotlib is not installed; the message names the extra.
+            ValueError: a head that the layout does not have, or none.
+        """
         return picture.draw(self, path, heads=heads)
 
 

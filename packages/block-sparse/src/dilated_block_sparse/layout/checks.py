@@ -11,17 +11,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from dilated_core.checks import length, positive_integer
-
-__all__ = [
-    "BlockSize",
-    "block_size",
-    "compressed_rows",
-    "index",
-    "length",
-    "row_offsets",
-    "tensor_of_integers",
-]
+from dilated_core.checks import length as length  # one of these, for who checks what a layout is made of
+from dilated_core.checks import positive_integer
 
 BlockSize: TypeAlias = "int | tuple[int, int]"
 """Tokens in a block: (rows, columns), or one number for both."""

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 class Constructors:
     """Classmethods that BlockLayout inherits.
 
-    ``seq_len`` is both lengths, counts are in blocks, and ``heads`` above 1 makes one layout a head.
+    ``seq_len`` is both lengths, counts are in blocks, and ``heads`` above 1 makes one layout a head. The function of
+    the same name in ``patterns`` says more: arguments, the pattern's definition and its paper, an example.
     """
 
     @classmethod

@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 
 class Cost(NamedTuple):
-    """Attributes, all in pairs:
-    key: of each key beside its pairs. Short calls are slow as if they had so many more rows; gathering is in it.
-    row: of each row, for its gathering and for merging it into the result.
-    call: of each rectangle.
+    """What is paid beside the pairs themselves, in pairs.
+
+    Attributes:
+        key: for each key. Short calls are slow as if they had so many more rows; gathering is in it.
+        row: for each row: its gathering, and merging it into the result.
+        call: for each rectangle.
     """
 
     key: int

@@ -33,7 +33,12 @@ class Rectangle(NamedTuple):
 
 
 class Extent(NamedTuple):
-    """How long blocks are. Attributes: block, last: tokens of a block, and of the last one; blocks: how many."""
+    """How long blocks are.
+
+    Attributes:
+        block, last: tokens of a block, and of the last one.
+        blocks: how many.
+    """
 
     block: int
     last: int

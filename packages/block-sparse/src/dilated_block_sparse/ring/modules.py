@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dilated_block_sparse.layout import BlockLayout
-from dilated_block_sparse.modules import BlockSparseAttention
+from dilated_block_sparse.modules import BlockSparseAttention, length_of
 from dilated_block_sparse.pattern import LayoutLike
 from dilated_block_sparse.ring.bounds import check_layout_bounds
 from dilated_block_sparse.ring.functional import block_sparse_ring_attention
@@ -117,7 +117,7 @@ class BlockSparseRingAttention(BlockSparseAttention):
             comm = comm_of(self.group)
             if bounds is None:
                 try:
-                    length = _length_of(query)
+                    length = length_of(query)
                 except (TypeError, ValueError) as error:
                     refuse(comm, error)
                     raise
@@ -302,11 +302,3 @@ def _no_dropout(name: str, probability: object) -> None:
 def _check_bounds(layout: LayoutLike, bounds: Sequence[int], size: int | None) -> tuple[int, ...]:
     """The bounds, which are checked at each call where the layout is not known yet."""
     return check_layout_bounds(layout, bounds, size) if isinstance(layout, BlockLayout) else check_bounds(bounds, size)
-
-
-def _length_of(query: object) -> int:
-    if not isinstance(query, Tensor):
-        raise TypeError(f"query: expected a torch.Tensor, got {type(query).__name__}")
-    if query.ndim != 4:
-        raise ValueError(f"query: expected 4 dimensions (batch, seq, heads, head_dim), got shape {tuple(query.shape)}")
-    return query.shape[1]

@@ -93,11 +93,11 @@ class BlockSparseRingPlan:
         return 1 if self.layout.heads == 1 else self.kv_heads
 
     def rows(self, rank: int) -> tuple[int, int]:
-        """The blocks of rows that the rank has rows of, first and one past the last."""
+        """The blocks of rows that the rank has rows of, first and one past the last; (0, 0) for none."""
         return self._touched(rank, self.layout.block_size[0])
 
     def columns(self, rank: int) -> tuple[int, int]:
-        """The blocks of keys that the rank has keys of, first and one past the last."""
+        """The blocks of keys that the rank has keys of, first and one past the last; (0, 0) for none."""
         return self._touched(rank, self.layout.block_size[1])
 
     @cached_property
@@ -198,14 +198,22 @@ class BlockSparseRingPlan:
         return found
 
     def peers(self, rank: int) -> Peers:
-        """Who a rank sends to and receives from in a forward pass, rising; in a backward it is the other way round."""
+        """Who a rank sends to and receives from in a forward pass, rising; in a backward it is the other way round.
+
+        Raises:
+            TypeError, ValueError: there is no such rank.
+        """
         self._check(rank)
         ranks = range(self.world_size)
         sends_to = tuple(peer for peer in ranks if self._pairs[rank][peer])
         return Peers(sends_to, tuple(peer for peer in ranks if self._pairs[peer][rank]))
 
     def live(self, rank: int) -> int:
-        """Live blocks in the rank's blocks of rows, of all heads of the layout: what it computes is in proportion."""
+        """Live blocks in the rank's blocks of rows, of all heads of the layout: what it computes is in proportion.
+
+        Raises:
+            TypeError, ValueError: there is no such rank.
+        """
         first, last = self.rows(self._check(rank))
         indptr = self.layout.indptr
         return int((indptr[:, last] - indptr[:, first]).sum())

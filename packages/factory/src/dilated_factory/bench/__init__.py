@@ -1,4 +1,4 @@
-"""`dilated bench`: the tables of the specification's five reports, measured again on this machine.
+"""``dilated bench``: the tables of the specification's five reports, measured again on this machine.
 
 Every figure is of an output that was compared with a definition in float64 before and after it was timed. Needs the
 extra "bench" to draw and to show progress. Nothing is imported until a run begins.
@@ -39,7 +39,7 @@ def run(
         seconds: for each report, those of the settings by default.
         resume: None to go on with the rows of the folder where they are of the same versions, machine and settings, and
             to start anew otherwise; True to refuse the latter; False to start anew.
-        settings: sizes, instead of those that `quick` chooses.
+        settings: sizes, instead of those that ``quick`` chooses.
         screen: where progress is shown.
 
     Returns:
@@ -47,7 +47,8 @@ def run(
 
     Raises:
         TypeError, ValueError: an argument is none of the above.
-        UnusableError: the device or the folder cannot be used, or there is nothing to resume.
+        UnusableError: of ``dilated_factory.cli.arguments``; the device or the folder cannot be used, or there is
+            nothing to resume.
         KeyboardInterrupt: after the rows there are were written.
         ImportError: the extra "bench" is not installed.
     """

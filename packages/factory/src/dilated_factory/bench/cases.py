@@ -11,8 +11,6 @@ from dilated_factory.bench.measuring import Measured
 from dilated_factory.bench.results import Row, Table
 from dilated_factory.bench.subjects import Bench
 
-__all__ = ["Case", "Report", "Said", "compared", "not_run", "row", "too_long", "whole"]
-
 MIB = 2**20
 
 

@@ -1,6 +1,6 @@
 """What the specification claims, and whether it is found here: pure rules on plain numbers.
 
-`RULE` states them, in report.md too. A ratio within the noise of 1 is on neither side of it: a claimed gain of 3 % is
+``RULE`` states them, in report.md too. A ratio within the noise of 1 is on neither side of it: a claimed gain of 3 % is
 not reproduced by a machine that cannot tell 3 % from nothing. Standard library only.
 """
 
@@ -9,19 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import Literal
-
-__all__ = [
-    "RULE",
-    "Comparison",
-    "Verdict",
-    "at_most",
-    "change",
-    "equal",
-    "memory_within",
-    "no_claim",
-    "ratio",
-    "within",
-]
 
 Verdict = Literal["reproduced", "direction only", "not reproduced", "no claim"]
 
@@ -105,7 +92,7 @@ def memory_within(low: float, high: float, ours: float, text: str) -> Comparison
 
 
 def change(what: str, claimed: float, ours: float, whole: float) -> Comparison:
-    """A claimed change in MiB, against ours, of a peak of `whole` MiB.
+    """A claimed change in MiB, against ours, of a peak of ``whole`` MiB.
 
     >>> change("peak memory", -8.0, -7.0, 100.0).verdict, change("peak memory", 0.0, 0.5, 100.0).verdict
     ('reproduced', 'reproduced')

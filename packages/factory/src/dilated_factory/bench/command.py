@@ -1,65 +1,69 @@
-"""`dilated bench`: its arguments and exit status.
+"""``dilated bench``: its arguments and exit status.
 
-Imports only the standard library until it runs, so that `dilated bench --help` needs no torch.
+Imports only the standard library until it runs, so that ``dilated bench --help`` needs no torch.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-from pathlib import Path
 
-__all__ = ["NAMES", "add_arguments", "run"]
+from dilated_factory.bench.settings import FULL, QUICK
+from dilated_factory.cli.arguments import (
+    FAILED,
+    INTERRUPTED,
+    USAGE,
+    UnusableError,
+    add_device,
+    add_folder,
+    positive_number,
+)
 
 NAMES = ("auto-enable", "pool-modes", "ring-sizes", "stages", "pattern-cache")
 
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
-
-FAILED = 1
-USAGE = 2
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the benchmark's options to a parser."""
+    """Add the options of ``dilated bench``."""
     parser.add_argument("reports", nargs="*", metavar="REPORT", help=f"some of {', '.join(NAMES)} (default: all)")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda[:index] (default: %(default)s)")
-    parser.add_argument(
-        "--output", type=Path, default=Path("bench-report"), help="folder to write (default: %(default)s)"
-    )
+    add_device(parser, "cpu")
+    add_folder(parser, "bench-report")
     parser.add_argument("--quick", action="store_true", help="smaller heads and shorter sequences, under a minute")
     parser.add_argument(
-        "--seconds", type=_seconds, help="for each report (default: 160, with --quick 9); rounds go by it"
+        "--seconds",
+        type=positive_number("seconds"),
+        metavar="N",
+        help="seconds for each report, which set how many rounds are timed "
+        f"(default: {FULL.seconds:g}; with --quick {QUICK.seconds:g})",
     )
     again = parser.add_mutually_exclusive_group()
     again.add_argument(
-        "--resume", action="store_true", help="go on with the folder's rows, or fail where they are of another run"
+        "--resume",
+        action="store_true",
+        help="go on with the folder's rows, and fail where they are of another run (default: then start anew)",
     )
     again.add_argument("--fresh", action="store_true", help="measure all rows again")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Runs the reports and writes what was measured.
+def run(options: argparse.Namespace) -> int:
+    """Run the reports and write what was measured.
 
     Returns:
         0; 1 where an output was wrong; 2 for a report, device or folder that cannot be used; 130 after Ctrl-C, with
         what was measured so far written.
     """
     from dilated_factory.bench import run as run_bench
-    from dilated_factory.bench.session import UnusableError
     from dilated_factory.demo.screen import Screen
 
-    resume = True if args.resume else False if args.fresh else None
-    unknown = [name for name in args.reports if name not in NAMES]
+    resume = True if options.resume else False if options.fresh else None
+    unknown = [name for name in options.reports if name not in NAMES]
     try:
         if unknown:
-            raise UnusableError(f"there is no report {unknown[0]!r}; there are {', '.join(NAMES)}")
+            raise UnusableError(f"reports: expected some of {', '.join(NAMES)}, got {unknown[0]!r}")
         results = run_bench(
-            args.reports or None,
-            device=args.device,
-            output=args.output,
-            quick=args.quick,
-            seconds=args.seconds,
+            options.reports or None,
+            device=options.device,
+            output=options.output,
+            quick=options.quick,
+            seconds=options.seconds,
             resume=resume,
         )
     except UnusableError as error:
@@ -68,13 +72,3 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return FAILED if results.failed else 0
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text!r}")
-    return seconds

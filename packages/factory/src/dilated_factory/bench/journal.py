@@ -15,8 +15,6 @@ from typing import Any
 
 from dilated_factory.bench.results import Row
 
-__all__ = ["Journal", "code_digest"]
-
 FILE = "rows.jsonl"
 PREVIOUS = "rows.previous.jsonl"
 PACKAGES = (

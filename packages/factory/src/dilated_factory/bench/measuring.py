@@ -18,8 +18,6 @@ from dilated_factory.bench.claims import FEW, LEAST_NOISE, NOISE_OF_FEW
 from dilated_factory.bench.results import Check
 from dilated_factory.bench.settings import BenchSettings
 
-__all__ = ["Candidate", "Expected", "Measured", "measured"]
-
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 """Of outputs, relative to the largest magnitude of the exact rows."""
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from dilated_factory.bench.claims import Comparison
 
-__all__ = ["Check", "Results", "Row", "Table"]
-
 
 @dataclass(frozen=True)
 class Check:
@@ -76,7 +74,7 @@ class Row:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Row:
-        """The row that `as_dict` was of.
+        """The row that ``as_dict`` was of.
 
         Raises:
             TypeError, KeyError: they are not those of a row.

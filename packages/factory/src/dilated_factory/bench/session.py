@@ -6,6 +6,7 @@ Imports torch and the rooms of the reports.
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import time
 from collections.abc import Sequence
@@ -16,17 +17,17 @@ from typing import Any
 import torch
 
 from dilated_core import measure
-from dilated_factory.bench import auto_enable, journal, pattern_cache, pool_modes, ring_sizes, stages, writing
+from dilated_factory.bench import auto_enable, journal, pattern_cache, plots, pool_modes, ring_sizes, stages, writing
 from dilated_factory.bench.cases import Case, Report
 from dilated_factory.bench.command import NAMES
 from dilated_factory.bench.journal import Journal
-from dilated_factory.bench.results import Results
+from dilated_factory.bench.results import Results, Row, Table
 from dilated_factory.bench.settings import FULL, QUICK, BenchSettings
 from dilated_factory.bench.subjects import Bench
 from dilated_factory.cli import version
+from dilated_factory.cli.arguments import UnusableError
 from dilated_factory.demo.screen import Bar, Screen
-
-__all__ = ["REPORTS", "UnusableError", "run_reports"]
+from dilated_factory.hardware.device import usable_device
 
 REPORTS: dict[str, Report] = {
     one.name: one
@@ -44,10 +45,6 @@ DISTRIBUTIONS = (
 )
 # Of the environment: a run on another of these is another run.
 MACHINE = ("python", "torch", "platform", "processor", "cpu_capability", "cores", "threads", "cuda")
-
-
-class UnusableError(Exception):
-    """A device or a folder that cannot be used, or nothing to resume; found before any work."""
 
 
 def run_reports(
@@ -72,8 +69,7 @@ def run_reports(
     environment = measure.environment()
     identity = _identity(environment, settings, bench.device)
     rows = _open(output, identity, resume, screen)
-    known = {one.name: (one.title, one.tables) for one in REPORTS.values()}
-    results = Results(environment, settings.as_dict(), str(bench.device), known, rows=list(rows.rows))
+    results = Results(environment, settings.as_dict(), str(bench.device), _titles(), rows=list(rows.rows))
     screen.title(
         "dilated bench: the specification's tables, measured on this machine",
         f"{', '.join(names)}; at most about {settings.seconds * len(names) / 60:.1f} minutes on {bench.device}; "
@@ -88,6 +84,18 @@ def run_reports(
         raise
     _finish(results, output, screen)
     return results
+
+
+def redraw(record: Path, folder: Path) -> list[Path]:
+    """Draw the pictures of a report.json again, into an existing folder; nothing is measured."""
+    recorded = json.loads(record.read_text(encoding="utf-8"))
+    rows = [Row.from_dict({name: row[name] for name in row.keys() - {"median", "spread"}}) for row in recorded["rows"]]
+    results = Results(recorded["environment"], recorded["settings"], recorded["device"], _titles(), rows)
+    return list(plots.draw(results, folder).values())
+
+
+def _titles() -> dict[str, tuple[str, Sequence[Table]]]:
+    return {one.name: (one.title, one.tables) for one in REPORTS.values()}
 
 
 def _run_report(report: Report, bench: Bench, kept: Journal, results: Results, screen: Screen) -> None:
@@ -178,14 +186,9 @@ def _settings(settings: BenchSettings | None, quick: bool, seconds: float | None
 
 def _usable_device(name: str) -> torch.device:
     try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise UnusableError(f"device {name!r}: expected cpu or cuda[:index]") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UnusableError(f"device {name!r}: expected cpu or cuda[:index]")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UnusableError(f"device {name!r}: there is none here; CUDA devices: {torch.cuda.device_count()}")
-    return device
+        return usable_device(name)
+    except (TypeError, ValueError) as error:
+        raise UnusableError(str(error)) from error
 
 
 def _identity(environment: Any, settings: BenchSettings, device: torch.device) -> dict[str, Any]:
@@ -212,7 +215,7 @@ def _open(output: Path, identity: dict[str, Any], resume: bool | None, screen: S
             raise UnusableError(f"--resume: the rows in {output} are of another run: {', '.join(differs)} differ")
         rows = Journal(output, identity, resume=resume is not False)
     except (OSError, UnicodeDecodeError) as error:
-        raise UnusableError(f"output folder {output}: {error}") from error
+        raise UnusableError(f"output: expected a folder that can be written to, got {output}: {error}") from error
     if rows.started == "resumed" and rows.rows:
         screen.note(f"going on with {len(rows.rows)} rows of {rows.path}")
     if rows.started == "anew":

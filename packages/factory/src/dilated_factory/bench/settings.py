@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-__all__ = ["DILATION_RATES", "FULL", "QUICK", "SEGMENT_LENGTHS", "BenchSettings"]
-
 # Specification, "Pattern Caching Performance Analysis Report", "Memory Usage Analysis": the only pattern that the
 # reports name. Rates as in its other examples, doubling.
 SEGMENT_LENGTHS = (1024, 2048, 4096)

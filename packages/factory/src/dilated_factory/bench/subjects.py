@@ -20,8 +20,6 @@ from dilated_factory.bench.settings import DILATION_RATES, SEGMENT_LENGTHS, Benc
 from dilated_factory.create import DecidedModule, create_dilated_attention
 from dilated_factory.resources import SharedResources
 
-__all__ = ["Bench", "Subject", "attention", "dense_expected", "expected", "inputs", "lacks", "lacks_module"]
-
 DEFINITION = "LongNet's definition in float64"
 DENSE_DEFINITION = "softmax attention in float64"
 BLOCK_DEFINITION = "block-sparse attention's own definition in float64"

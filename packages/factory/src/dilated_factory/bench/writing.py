@@ -1,6 +1,6 @@
 """report.json, report.md and the pictures, of whatever rows there are.
 
-Imports nothing but the bench's own rooms; pictures are drawn through `plots`.
+Imports nothing but the bench's own rooms; pictures are drawn through ``plots``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from dilated_factory.bench import plots
 from dilated_factory.bench.claims import RULE
 from dilated_factory.bench.results import Results, Row, Table
 from dilated_factory.bench.settings import DILATION_RATES, SEGMENT_LENGTHS
-
-__all__ = ["as_dict", "markdown", "summary", "write"]
 
 FORMAT = 1
 """Of report.json; raised when a key changes its meaning."""
@@ -72,6 +70,8 @@ def markdown(results: Results, pictures: dict[str, Path]) -> str:
             if rows:
                 header, lines = _table(rows)
                 parts += [f"### {table.title}", table.about, _lines(header, lines), f"Why: {table.note}"]
+    command = str(results.environment["command"]).replace("__main__.py", "python -m dilated_factory")
+    parts.append(f"Raw data: [report.json](report.json). Command, from the repository's root: `{command}`.")
     return "\n\n".join(parts) + "\n"
 
 

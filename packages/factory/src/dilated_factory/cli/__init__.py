@@ -1,4 +1,4 @@
-"""The command line: `dilated COMMAND`. A command's module is imported only when that command is run.
+"""The command line: ``dilated COMMAND``. A command's module is imported only when that command is run.
 
 Imports the standard library only, so that help and mistakes are answered at once.
 """
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: its module, with `add_arguments(parser)` and `run(args) -> int`, and what it needs."""
+    """One subcommand: its module, with ``add_arguments(parser)`` and ``run(args) -> int``, and what it needs."""
 
     summary: str
     module: str
@@ -28,23 +28,23 @@ class Command:
 
 COMMANDS = {
     "info": Command(
-        "show versions, this machine and attention types; with --kernels devices and kernels",
+        "show versions, this machine and attention types; with --kernels, devices and kernels too",
         "dilated_factory.cli.info",
     ),
-    "bench": Command(
-        "measure the tables of this project's specification on this machine, each output checked",
-        "dilated_factory.bench.command",
-        needs=("rich", "matplotlib"),
-        extra="bench",
-    ),
     "demo": Command(
-        "train a small LongNet on this machine and weigh it against dense attention",
+        "train a small LongNet on this machine, and compare dilated with dense attention",
         "dilated_factory.demo.command",
         needs=("rich", "matplotlib"),
         extra="bench",
     ),
+    "bench": Command(
+        "measure the specification's tables on this machine, each output checked",
+        "dilated_factory.bench.command",
+        needs=("rich", "matplotlib"),
+        extra="bench",
+    ),
     "tune": Command(
-        "measure memory pools, kernels and block sizes on this machine, and write a profile that the factory follows",
+        "measure pools, kernels and block sizes on this machine, and write a profile that the factory follows",
         "dilated_factory.tuning.command",
     ),
 }
@@ -71,9 +71,16 @@ def version(distribution: str) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 for success, 1 where something it needs is not installed.
+    """Run one command.
 
-    Raises SystemExit, as argparse does, after help (0) and for wrong arguments (2).
+    Args:
+        argv: what follows ``dilated``; None for the process's own.
+
+    Returns:
+        The exit status: 0 for success, 1 where something that it needs is not installed, else the command's own.
+
+    Raises:
+        SystemExit: as argparse does, after help (0) and for wrong arguments (2).
 
     >>> main(["info", "--json"]) == 0  # doctest: +ELLIPSIS
     {...}
@@ -81,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
-        prog="dilated", description="Long-context dilated attention: look around, and see it train."
+        prog="dilated", description="Dilated attention: what this machine can run, and what it gains."
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -112,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = options.run(options)
         sys.stdout.flush()
     except BrokenPipeError:
-        # The reader has left, as `| head` does. Python would fail once more at exit, flushing what is left.
+        # The reader has left, as ``| head`` does. Python would fail once more at exit, flushing what is left.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class CoordinatedBackend(Adaptor):
-    """See `Backend`; made by `PoolCoordinator.coordinated`.
+    """See ``Backend``; made by ``PoolCoordinator.coordinated``.
 
     Args:
         upstream: where memory comes from.
@@ -45,7 +45,7 @@ class CoordinatedBackend(Adaptor):
         self._warned = False
 
     def allocate(self, nbytes: int) -> Memory:
-        """As `Backend.allocate`.
+        """As ``Backend.allocate``.
 
         Raises:
             GroupLimitError: the common limit does not allow it, after all ranks gave back what was idle.
@@ -124,7 +124,7 @@ class _Charged:
         return self._memory.tensor()
 
     def __del__(self) -> None:
-        if gc.is_finalized(self):  # by the garbage collector: the next finaliser may use the memory, see `Memory`
+        if gc.is_finalized(self):  # by the garbage collector: the next finaliser may use the memory, see ``Memory``
             heir = _Charged(self._memory, self._ledger, self._ticket)
             self._memory, self.lease = heir, lambda: heir.lease()  # the heir alone holds what is the upstream's
             return

@@ -30,7 +30,7 @@ class PoolCoordinator:
     Making one is collective: every rank of the group makes its own, in the same order where there are several. What a
     rank's pools reserve counts from before it is mapped until after it is unmapped. Where a request does not fit the
     limit, or the memory itself refuses, this rank trims its own pools, then has the others trim theirs, and tries
-    again; only then it fails, and says what each rank reserves. The pools to trim are those that `watch` or `pool`
+    again; only then it fails, and says what each rank reserves. The pools to trim are those that ``watch`` or ``pool``
     know.
 
     A rank that closes its coordinator or ends gives its charges back when its memory goes. The memory of a rank that
@@ -44,8 +44,8 @@ class PoolCoordinator:
             "device": those that use the same device. "group": all.
         device: for scope "device", which one: the current CUDA device by default.
         timeout: seconds to wait for the other ranks, at the beginning and for each request.
-        store: a `torch.distributed` store in place of the group's. The process that serves it must live longest.
-        rank, world_size: of this process, to go with `store` where no process group is initialised.
+        store: a ``torch.distributed`` store in place of the group's. The process that serves it must live longest.
+        rank, world_size: of this process, to go with ``store`` where no process group is initialised.
 
     Attributes:
         rank: of this process, in the default group.
@@ -102,14 +102,14 @@ class PoolCoordinator:
         Finalize(None, _end, (weakref.ref(self._pressure), weakref.ref(self._ledger)), exitpriority=0)
 
     def coordinated(self, upstream: str | Backend, device: int | None = None) -> CoordinatedBackend:
-        """A backend that draws from `upstream` and counts; for any number of pools, each of which `watch` must know.
+        """A backend that draws from ``upstream`` and counts; for any number of pools, which ``watch`` must know.
 
         Args:
-            upstream, device: as `backend` and `device` in `MemoryPool`. Adaptors may stand on either side.
+            upstream, device: as ``backend`` and ``device`` in ``MemoryPool``. Adaptors may stand on either side.
 
         Raises:
-            ValueError: its memory is not what the ranks of this scope share; or as `MemoryPool`.
-            TypeError, ImportError, RuntimeError: as `MemoryPool`.
+            ValueError: its memory is not what the ranks of this scope share; or as ``MemoryPool``.
+            TypeError, ImportError, RuntimeError: as ``MemoryPool``.
         """
         source, _ = choose(upstream, device)
         if not self.covers(source):
@@ -119,16 +119,16 @@ class PoolCoordinator:
         return CoordinatedBackend(source, self, self._ledger, self._pressure, self.timeout)
 
     def covers(self, backend: Backend) -> bool:
-        """Whether the memory of `backend` is what the ranks of this scope share. With scope "group", any is."""
+        """Whether the memory of ``backend`` is what the ranks of this scope share. With scope "group", any is."""
         if self.scope == "group":
             return True
         return torch.device(backend.device) == (torch.device("cpu") if self.device is None else self.device)
 
     def watch(self, pool: MemoryPool | AttentionBufferManager) -> None:
-        """Let `pool` be trimmed when a rank of this scope is short. It is not kept alive.
+        """Let ``pool`` be trimmed when a rank of this scope is short. It is not kept alive.
 
         Raises:
-            TypeError: it is neither a `MemoryPool` nor an `AttentionBufferManager`.
+            TypeError: it is neither a ``MemoryPool`` nor an ``AttentionBufferManager``.
         """
         given: object = pool
         if not isinstance(given, (MemoryPool, AttentionBufferManager)):
@@ -136,7 +136,7 @@ class PoolCoordinator:
         self._pressure.watch(pool)
 
     def pool(self, backend: str | Backend = "host", **options: Any) -> MemoryPool:
-        """A `MemoryPool` over `backend`, counted and watched. `options` are those of `MemoryPool`."""
+        """A ``MemoryPool`` over ``backend``, counted and watched. ``options`` are those of ``MemoryPool``."""
         pool = MemoryPool(self.coordinated(backend, options.pop("device", None)), **options)
         self.watch(pool)
         return pool

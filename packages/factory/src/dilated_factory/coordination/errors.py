@@ -12,8 +12,8 @@ from dilated_memory_pool.sizes import format_bytes
 class GroupMemoryError(PoolMemoryError):
     """The backend of one rank refused, after the other ranks had given back what lay idle.
 
-    A `MemoryPool` raises a `PoolMemoryError` of its own, with its own numbers and what this one says; this is its
-    `__cause__`.
+    A ``MemoryPool`` raises a ``PoolMemoryError`` of its own, with its own numbers and what this one says; this is its
+    ``__cause__``.
 
     Attributes:
         rank: the rank that was refused.
@@ -23,7 +23,7 @@ class GroupMemoryError(PoolMemoryError):
         limit: the common limit in bytes, or None.
         given_back: bytes that the other ranks gave back since this rank last got memory.
         silent: the ranks that did not answer in time.
-        allocated, largest_free: bytes of this rank's watched pools, as in `PoolMemoryError`.
+        allocated, largest_free: bytes of this rank's watched pools, as in ``PoolMemoryError``.
     """
 
     def __init__(

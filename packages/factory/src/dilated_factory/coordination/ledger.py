@@ -144,7 +144,7 @@ class Ledger:
         return False
 
     def leave(self, timeout: float) -> None:
-        """Charge no more, and say so in the table, once no charge is under way or `timeout` seconds have passed."""
+        """Charge no more, and say so in the table, once no charge is under way or ``timeout`` seconds have passed."""
         self.closed = True
         deadline = time.monotonic() + timeout
         while not self.settle(self.table()) and time.monotonic() < deadline:

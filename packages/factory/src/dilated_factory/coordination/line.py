@@ -1,6 +1,6 @@
 """The way to the store: every call a rank makes to it, none of which waits for a key.
 
-A client of a TCPStore serves one call at a time, and a `get` of a key that is not there would block all other threads
+A client of a TCPStore serves one call at a time, and a ``get`` of a key that is not there would block all other threads
 until it is. So the keys read here exist before they are read, and what is waited for is polled.
 """
 
@@ -30,7 +30,7 @@ class Line:
         self.store, self.rank, self._origin = store, rank, origin
 
     def below(self, prefix: str) -> Line:
-        """The same client, with all keys below `prefix`."""
+        """The same client, with all keys below ``prefix``."""
         from torch.distributed.distributed_c10d import PrefixStore
 
         return Line(PrefixStore(prefix, self.store), self.rank, self._origin)
@@ -40,7 +40,7 @@ class Line:
         return self._ask(lambda: self.store.add(key, amount))
 
     def set(self, key: str, value: str) -> None:
-        """Write `value`."""
+        """Write ``value``."""
         self._ask(lambda: self.store.set(key, value))
 
     def get(self, key: str) -> str:
@@ -56,9 +56,9 @@ class Line:
         return self._ask(lambda: self.store.check(list(keys)))
 
     def exchange(self, key: str, expected: str, desired: str) -> str:
-        """Write `desired` where `expected` stands ("" where nothing does); what stands there afterwards.
+        """Write ``desired`` where ``expected`` stands ("" where nothing does); what stands there afterwards.
 
-        One atomic step of the store. `desired` must be a text that nobody else writes, or the answer says nothing.
+        One atomic step of the store. ``desired`` must be a text that nobody else writes, or the answer says nothing.
         """
         return self._ask(lambda: self.store.compare_set(key, expected, desired)).decode()
 

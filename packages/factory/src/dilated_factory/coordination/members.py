@@ -1,6 +1,6 @@
 """Who takes part: a rank's place in a group, the way to its store, and the ranks that share its memory.
 
-The one file that looks inside `torch.distributed`.
+The one file that looks inside ``torch.distributed``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def take_seat(group: ProcessGroup | None, store: Store | None, rank: int | None,
     """This process's place. No other rank is asked, so that bad arguments raise at once.
 
     Raises:
-        TypeError, ValueError: see `PoolCoordinator`.
+        TypeError, ValueError: see ``PoolCoordinator``.
     """
     if store is None and (rank is not None or world_size is not None):
         raise ValueError(f"rank, world_size: expected together with store=, got {rank} and {world_size} without it")
@@ -110,7 +110,7 @@ def meet(seat: Seat, scope: Scope, place: str, limit: int | None, timeout: float
 
 
 def place_of(scope: Scope, device: torch.device | None) -> str:
-    """A text that is the same for those who share what `scope` names, and for nobody else."""
+    """A text that is the same for those who share what ``scope`` names, and for nobody else."""
     if scope == "group":
         return "group"
     host = f"{socket.gethostname()} {_boot_id()}"

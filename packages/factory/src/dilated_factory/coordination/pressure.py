@@ -28,6 +28,7 @@ from dilated_memory_pool.attention import AttentionBufferManager
 _LOGGER = logging.getLogger("dilated_factory")
 _WATCH_SECONDS = 0.02  # between two looks of the watching thread: two round trips of 50 microseconds each
 _WAIT_SECONDS = 0.005  # between two looks at the answers
+_RETRY_SECONDS = 0.1  # between two looks while the store does not answer
 _LOOKS_PER_SECOND = 2000  # of all ranks together, however many they are: the store serves one call at a time
 
 
@@ -54,7 +55,7 @@ class Pressure:
     """See above.
 
     Args:
-        line: to the store, after `expect_questions`.
+        line: to the store, after ``expect_questions``.
         ledger: of this rank.
         timeout: seconds to wait for the other ranks.
         world_size: ranks that use the store.
@@ -117,7 +118,7 @@ class Pressure:
     # ------------------------------------------------------------------------------------------ asking
 
     def relieve(self, missing: int) -> Relief:
-        """Have the other ranks give back `missing` > 0 bytes, and wait until they have answered or time is up."""
+        """Have the other ranks give back ``missing`` > 0 bytes, and wait until they have answered or time is up."""
         before = self._answers()
         request = self._line.add(self._key, missing)
         deadline = time.monotonic() + self._timeout
@@ -163,11 +164,18 @@ class Pressure:
         return not self._thread.is_alive()
 
     def _watch(self) -> None:
-        try:
-            while not self._stop.wait(self._pause):
+        """Answer until told to stop, or until the store has not answered for as long as one waits for a rank."""
+        silent_since = None
+        while not self._stop.wait(self._pause if silent_since is None else max(self._pause, _RETRY_SECONDS)):
+            try:
                 self._answer()
-        except RuntimeError as error:  # whoever charges or asks next is told by an error of their own
-            _LOGGER.info("rank %d: the pool coordinator's thread ends: %s", self._ledger.rank, error)
+                silent_since = None
+            except RuntimeError as error:  # whoever charges or asks next is told by an error of their own
+                now = time.monotonic()
+                silent_since = now if silent_since is None else silent_since
+                if now - silent_since >= self._timeout:
+                    _LOGGER.info("rank %d: the pool coordinator's thread ends: %s", self._ledger.rank, error)
+                    return
 
     def _answer(self) -> None:
         """Look once."""

@@ -1,6 +1,6 @@
 """What each rank reserves, as one text under one key: a change of it is one compare-and-set.
 
-A sum alone, kept by `add`, would have to be exceeded for a moment to find out that a charge does not fit, and would
+A sum alone, kept by ``add``, would have to be exceeded for a moment to find out that a charge does not fit, and would
 refuse others meanwhile. And it could not say who holds what. Pure data: imports the standard library only.
 """
 
@@ -33,7 +33,7 @@ class Table:
 
     @classmethod
     def read(cls, text: str) -> Table:
-        """The state that `text` stands for."""
+        """The state that ``text`` stands for."""
         stamp, reserved, left = json.loads(text)
         return cls({int(rank): nbytes for rank, nbytes in reserved.items()}, frozenset(left), stamp)
 
@@ -48,6 +48,6 @@ class Table:
         return sum(self.reserved.values())
 
     def changed(self, stamp: str, rank: int, nbytes: int, *, left: bool) -> Table:
-        """The state in which `rank` reserves `nbytes`, and has left or not."""
+        """The state in which ``rank`` reserves ``nbytes``, and has left or not."""
         gone = self.left | {rank} if left else self.left - {rank}
         return Table({**self.reserved, rank: nbytes}, gone, stamp)

@@ -13,8 +13,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-__all__ = ["Baselines", "measure_baselines"]
-
 ZLIB_WINDOW = 32768
 """The furthest deflate looks back, so the most training text that can help it (RFC 1951)."""
 
@@ -25,10 +23,10 @@ class Baselines:
 
     Attributes:
         unigram: byte frequencies of the training text, one added to every count.
-        gzip: `gzip -9` of the text as one stream, nothing known before.
-        xz: `xz -6` likewise.
+        gzip: ``gzip -9`` of the text as one stream, nothing known before.
+        xz: ``xz -6`` likewise.
         deflate_primed: deflate -9 that begins knowing the last 32 KiB of the training text, as far back as it looks.
-        xz_primed: what the text adds to an xz stream of `primed_bytes` of training text; None where not measured.
+        xz_primed: what the text adds to an xz stream of ``primed_bytes`` of training text; None where not measured.
         primed_bytes: how much training text xz_primed was given.
     """
 
@@ -41,7 +39,7 @@ class Baselines:
 
 
 def measure_baselines(training: bytes, text: bytes, *, primed_bytes: int) -> Baselines:
-    """Every baseline of `text`, of which none but those named primed, and the unigram, has seen `training`.
+    """Every baseline of ``text``, of which none but those named primed, and the unigram, has seen ``training``.
 
     Args:
         training: text to fit and prime with.
@@ -65,7 +63,7 @@ def measure_baselines(training: bytes, text: bytes, *, primed_bytes: int) -> Bas
 
 
 def unigram_bits(training: bytes, text: bytes) -> float:
-    """Bits to code `text` by the byte frequencies of `training`, one added to each of the 256 counts (Laplace).
+    """Bits to code ``text`` by the byte frequencies of ``training``, one added to each of the 256 counts (Laplace).
 
     >>> unigram_bits(b"", b"ab")  # knows nothing: 8 bits a byte
     16.0

@@ -1,7 +1,7 @@
 """Dense attention against dilated attention on this machine: time, memory, and proof that both are right.
 
 Every size is checked before it is timed: a sample of query rows, in float64, against the definition in
-`dilated_core.reference`. A figure whose check fails is not reported. Dense is torch's scaled_dot_product_attention,
+``dilated_core.reference``. A figure whose check fails is not reported. Dense is torch's scaled_dot_product_attention,
 causal, at the same sizes. May import torch and dilated_core.
 """
 
@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from dilated_core import DilatedPattern, dilated_attention, measure, reference
-
-__all__ = ["Check", "Measurement", "SizeResult", "compare"]
 
 CHECKED_ROWS = 32
 """Query rows compared with the definition at each size: the first, the last and others spread between."""
@@ -104,7 +102,7 @@ def compare(
     seed: int,
     on_size: Callable[[int, str], None] = lambda length, what: None,
 ) -> Iterator[SizeResult]:
-    """Measures each length, shortest first, within about `seconds` in all.
+    """Measure each length, shortest first, within about ``seconds`` in all.
 
     A length is given a share of the remaining time that grows with its cost, foreseen from the length before: dense
     grows with the square of the length. One that cannot be run even once in the time left is skipped, saying so.
@@ -161,7 +159,7 @@ def compare(
 
 
 def _repeats(round_seconds: float, lengths: Sequence[int], left: float) -> int:
-    """Rounds to time at `lengths[0]`, keeping what later lengths need for their checks and MIN_REPEATS rounds.
+    """Rounds to time at ``lengths[0]``, keeping what later lengths need for their checks and MIN_REPEATS rounds.
 
     >>> _repeats(1.0, [1024], 20.0), _repeats(1.0, [1024], 5.0), _repeats(1.0, [1024], 0.1)
     (9, 5, 1)

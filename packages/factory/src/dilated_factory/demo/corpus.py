@@ -11,8 +11,6 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Corpus", "load_corpus"]
-
 EXCLUDED_FOLDERS = frozenset(
     {
         # not the standard library
@@ -51,7 +49,7 @@ class Corpus:
 
 
 def load_corpus(root: Path | None = None) -> Corpus:
-    """Reads every .py file below `root` (the running Python's standard library where None), in sorted order.
+    """Read every .py file below ``root`` (the running Python's standard library where None), in sorted order.
 
     Raises:
         FileNotFoundError: one of the two halves has no text, as where the library is only there as a zip archive.

@@ -20,7 +20,6 @@ from dilated_factory.figures import BLUE, FAINT, GRID, INK, SKY, VERMILLION, mak
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw_comparison", "draw_learning", "draw_pattern"]
 
 SMOOTHING = 0.9
 """Weight of the past in the training curve's moving average."""

@@ -1,6 +1,6 @@
 """The demo's results in one object, written as report.json, report.md and pictures: also when only a part is there.
 
-May import the demo's other rooms; draws through `plots`.
+May import the demo's other rooms; draws through ``plots``.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ from typing import Any
 from dilated_core import DilatedPattern
 from dilated_factory.demo import plots
 from dilated_factory.demo.baselines import Baselines
-from dilated_factory.demo.comparison import SizeResult
+from dilated_factory.demo.comparison import Measurement, SizeResult
 from dilated_factory.demo.corpus import HELD_OUT_ONE_IN, Corpus
 from dilated_factory.demo.settings import DemoSettings
-from dilated_factory.demo.training import Precision, TrainingRecord
-
-__all__ = ["DemoReport", "HeldOut", "Sample"]
+from dilated_factory.demo.training import HeldOutCheck, Precision, Step, TrainingRecord
 
 JSON_FORMAT = 1
 """Of report.json; raised when a key changes its meaning."""
@@ -28,7 +26,7 @@ JSON_FORMAT = 1
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The model on held-out text: bits per byte over `windows` windows, `text_bytes` bytes, all of them predicted."""
+    """The model on held-out text: bits per byte over ``windows`` windows of ``text_bytes`` bytes, all predicted."""
 
     bits_per_byte: float
     windows: int
@@ -68,9 +66,9 @@ class DemoReport:
     interrupted_in: str | None = None
 
     def write(self, folder: Path) -> list[Path]:
-        """Writes what there is into `folder`, created where missing; returns the files, the report first."""
+        """Write what there is into ``folder``, created where missing; return the files, the report first."""
         folder.mkdir(parents=True, exist_ok=True)
-        pictures = self._draw(folder)
+        pictures = self.draw(folder)
         report, raw = folder / "report.md", folder / "report.json"
         report.write_text(self.markdown(pictures), encoding="utf-8")
         raw.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
@@ -150,7 +148,8 @@ class DemoReport:
         ]
         return f"The model needs {bits:.2f} bits per byte: " + ", ".join(words[:-1]) + f" and {words[-1]}."
 
-    def _draw(self, folder: Path) -> dict[str, Path]:
+    def draw(self, folder: Path) -> dict[str, Path]:
+        """Draws what there is into an existing folder; name -> PNG."""
         pictures = {}
         if self.training.steps:
             held_out = None if self.held_out is None else self.held_out.bits_per_byte
@@ -278,8 +277,38 @@ class DemoReport:
             lines.append(f"- attention, as the factory decided: {self.decision}")
         if self.stage_seconds:
             lines.append("- time: " + ", ".join(f"{name} {taken:.0f} s" for name, taken in self.stage_seconds.items()))
-        lines.append("- raw times, losses and all settings: report.json")
-        return "\n".join(lines)
+        command = str(self.environment["command"]).replace("__main__.py", "python -m dilated_factory")
+        source = f"Raw data: [report.json](report.json). Command, from the repository's root: `{command}`."
+        return "\n".join([*lines, "", source])
+
+
+def redraw(record: Path, folder: Path) -> list[Path]:
+    """Draw the pictures of a report.json again, into an existing folder; nothing is trained or measured."""
+    recorded = json.loads(record.read_text(encoding="utf-8"))
+    settings, training, baselines, held_out = (
+        recorded[name] for name in ("settings", "training", "baselines", "held_out")
+    )
+    report = DemoReport(
+        recorded["environment"],
+        DemoSettings(**settings),
+        recorded["seed"],
+        recorded["device"],
+        baselines=None if baselines is None else Baselines(**baselines),
+        training=TrainingRecord(
+            [Step(**step) for step in training["steps"]], [HeldOutCheck(**check) for check in training["checks"]]
+        ),
+        held_out=None if held_out is None else HeldOut(**held_out),
+        comparison=[
+            SizeResult(
+                size["length"],
+                {},
+                {name: Measurement(**each) for name, each in size["measurements"].items()},
+                size["skipped"],
+            )
+            for size in recorded["comparison"]["sizes"]
+        ],
+    )
+    return list(report.draw(folder).values())
 
 
 def printable(text: bytes) -> str:
@@ -327,7 +356,7 @@ def _size(result: SizeResult) -> dict[str, Any]:
 
 def _corpus(corpus: Corpus, evaluated_bytes: int) -> dict[str, Any]:
     return {
-        "root": str(corpus.root),
+        "root": corpus.root.name,
         "training_bytes": len(corpus.training),
         "held_out_bytes": len(corpus.held_out),
         "evaluated_bytes": evaluated_bytes,

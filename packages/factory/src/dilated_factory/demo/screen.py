@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["Bar", "Screen"]
-
 PLAIN_LINE_SECONDS = 10.0
 """Between two lines of a bar where output is not a terminal."""
 
@@ -30,7 +28,7 @@ class Bar(Protocol):
 
 
 class Screen:
-    """Prints stages, notes, bars and tables to `console`, rich's standard output where None."""
+    """Print stages, notes, bars and tables to ``console``, rich's standard output where None."""
 
     def __init__(self, console: Console | None = None) -> None:
         from rich.console import Console
@@ -62,7 +60,7 @@ class Screen:
     def table(
         self, header: Sequence[str], rows: Sequence[Sequence[str]], *, words: Sequence[int] = (0,), emphasised: str = ""
     ) -> None:
-        """Columns numbered in `words` are left-aligned, others right; rows beginning with `emphasised` stand out."""
+        """Columns numbered in ``words`` are left-aligned, others right; rows begun by ``emphasised`` stand out."""
         from rich import box
         from rich.markup import escape
         from rich.table import Table

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-__all__ = ["FULL", "QUICK", "DemoSettings"]
-
 
 @dataclass(frozen=True)
 class DemoSettings:
@@ -20,7 +18,7 @@ class DemoSettings:
         context: bytes a training window holds, and the longest the model has seen.
         embed_dim, num_heads, num_layers, segment_lengths, dilation_rates: LongNetLM's.
         peak_learning_rate, weight_decay, betas, warm_up, gradient_clip: AdamW's, the rate rising linearly over a share
-            `warm_up` of training and falling to 0 as a cosine over the rest.
+            ``warm_up`` of training and falling to 0 as a cosine over the rest.
         length_warm_up: (until this share of the training time, windows of so many bytes); after the last, the context.
         held_out_share, sample_share, comparison_share, writing_share: of the whole time; training takes what is left.
         least_training_share: what training takes even where the stage before it was slow.

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from dilated_core import DilatedPattern, measure
+from dilated_factory.cli.arguments import FAILED, INTERRUPTED, UnusableError
 from dilated_factory.demo import training
 from dilated_factory.demo.baselines import measure_baselines
 from dilated_factory.demo.comparison import SizeResult, compare
@@ -22,9 +23,8 @@ from dilated_factory.demo.report import DemoReport, HeldOut, Sample, printable
 from dilated_factory.demo.screen import Screen
 from dilated_factory.demo.settings import FULL, QUICK, DemoSettings
 from dilated_factory.demo.training import TrainingRecord, Windows
+from dilated_factory.hardware.device import usable_device
 from dilated_factory.models import DilatedTransformerDecoderLayer, LongNetLM
-
-__all__ = ["UnusableError", "run_stages"]
 
 SAMPLE_PROMPT = b"def read_lines(path):\n"
 SAMPLE_TEMPERATURE = 0.7
@@ -36,10 +36,6 @@ FEWEST_WINDOWS = 4
 """Held-out windows that are evaluated even where there is no time for more."""
 
 
-class UnusableError(Exception):
-    """A device or a folder that cannot be used, found before any work."""
-
-
 def run_stages(
     output: Path,
     *,
@@ -49,7 +45,7 @@ def run_stages(
     minutes: float | None = None,
     screen: Screen | None = None,
 ) -> int:
-    """Runs every stage and writes the report into `output`; see `command.run` for the exit status."""
+    """Run every stage and write the report into ``output``; see ``command.run`` for the exit status."""
     started = time.perf_counter()
     settings = QUICK if quick else FULL
     if minutes is not None:
@@ -130,7 +126,7 @@ class _Run:
         )
 
     def train(self) -> None:
-        """Trains for the time that the other stages leave."""
+        """Train for the time that the other stages leave."""
         report, settings = self.report, self.settings
         assert report.precision is not None
         later = settings.held_out_share + settings.sample_share + settings.comparison_share + settings.writing_share
@@ -231,8 +227,6 @@ class _Run:
 
 
 def _finish(report: DemoReport, screen: Screen, output: Path, started: float) -> int:
-    from dilated_factory.demo.command import FAILED, INTERRUPTED
-
     files = report.write(output)
     if report.interrupted_in is not None:
         screen.note(f"\nInterrupted in the stage “{report.interrupted_in}”; what was measured before it is written.")
@@ -266,27 +260,16 @@ def _create_model(settings: DemoSettings, device: torch.device, seed: int) -> Lo
 
 def _usable_device(name: str) -> torch.device:
     try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UnusableError(f"--device {name}: not a device torch knows; expected cpu or cuda") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UnusableError(f"--device {name}: expected cpu or cuda")
-    if device.type == "cuda":
-        count = torch.cuda.device_count()
-        if not count:
-            raise UnusableError(
-                f"--device {name}: torch {torch.__version__} sees no CUDA device; leave it out for the CPU"
-            )
-        if device.index is not None and device.index >= count:
-            raise UnusableError(f"--device {name}: expected an index below {count}")
-    return device
+        return usable_device(name)
+    except (TypeError, ValueError) as error:
+        raise UnusableError(str(error)) from error
 
 
 def _check_folder(output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UnusableError(f"--output {output}: cannot be written to ({error.strerror})") from None
+        raise UnusableError(f"output: expected a folder that can be written to, got {output}: {error}") from error
 
 
 def _progress(record: TrainingRecord) -> str:

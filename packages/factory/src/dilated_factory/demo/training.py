@@ -1,7 +1,7 @@
 """Training on bytes: windows of the text, a time-boxed AdamW, and bits per byte on text never seen.
 
-Every window starts from the same start byte, so all `context` bytes of it are predicted and counted, the first without
-any context. May import torch and the models.
+Every window starts from the same start byte, so all ``context`` bytes of it are predicted and counted, the first
+without any context. May import torch and the models.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ from torch.nn import functional
 from dilated_factory.demo.settings import DemoSettings
 from dilated_factory.models import LongNetLM
 
-__all__ = ["HeldOutCheck", "Precision", "Step", "TrainingRecord", "Windows", "evaluate", "learning_rate", "train"]
-
 BYTE_VALUES = 256
 START_BYTE = 0
 """What stands before the first byte of a window: NUL, which no Python source contains."""
@@ -33,7 +31,7 @@ SAMPLE_WINDOWS = 8
 
 
 class Windows:
-    """Inputs and targets, each int64 (1, length), cut from a text on `device`."""
+    """Inputs and targets, each int64 (1, length), cut from a text on ``device``."""
 
     def __init__(self, text: bytes, context: int, device: torch.device) -> None:
         if len(text) < context:
@@ -42,14 +40,14 @@ class Windows:
         self.context = context
 
     def at(self, start: int, length: int | None = None) -> tuple[Tensor, Tensor]:
-        """The window of `length` bytes (`context` where None) that begins at this byte."""
+        """The window of ``length`` bytes (``context`` where None) that begins at this byte."""
         length = self.context if length is None else length
         targets = self.bytes[None, start : start + length].long()
         inputs = functional.pad(targets[:, :-1], (1, 0), value=START_BYTE)
         return inputs, targets
 
     def draw(self, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """One window of `length` bytes at a uniformly random place."""
+        """One window of ``length`` bytes at a uniformly random place."""
         start = int(torch.randint(len(self.bytes) - length + 1, (), generator=generator))
         return self.at(start, length)
 
@@ -131,7 +129,7 @@ def create_optimizer(model: LongNetLM, settings: DemoSettings) -> torch.optim.Ad
 
 
 def learning_rate(progress: float, settings: DemoSettings) -> float:
-    """The rate when `progress` of the training time is over: linear warm-up, then a cosine to zero.
+    """The rate when ``progress`` of the training time is over: linear warm-up, then a cosine to zero.
 
     >>> from dilated_factory.demo.settings import FULL
     >>> learning_rate(FULL.warm_up, FULL) == FULL.peak_learning_rate, learning_rate(1.0, FULL)
@@ -144,7 +142,7 @@ def learning_rate(progress: float, settings: DemoSettings) -> float:
 
 
 def window_length(progress: float, settings: DemoSettings) -> int:
-    """Bytes in the training window when `progress` of the time is over: short ones first, then the whole context.
+    """Bytes in the training window when ``progress`` of the time is over: short ones first, then the whole context.
 
     Early on, many short steps teach more than few long ones (sequence length warm-up, arXiv 2108.06084).
 
@@ -169,9 +167,9 @@ def train(
     record: TrainingRecord,
     on_step: Callable[[TrainingRecord], None],
 ) -> None:
-    """Trains for `seconds`, one window a step, filling `record`; `on_step` is called after each step.
+    """Train for ``seconds``, one window a step, filling ``record``; ``on_step`` is called after each step.
 
-    The order of the windows follows from `seed`; how many of them are read, and the learning rate of each, from the
+    The order of the windows follows from ``seed``; how many of them are read, and the learning rate of each, from the
     machine's speed.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -209,7 +207,7 @@ def evaluate(
     windows: int | None = None,
     on_window: Callable[[], None] = lambda: None,
 ) -> float:
-    """Mean bits per byte over whole windows of a text: `windows` of them spread evenly, or every one."""
+    """Mean bits per byte over whole windows of a text: ``windows`` of them spread evenly, or every one."""
     available = len(text.bytes) // text.context
     count = available if windows is None else min(windows, available)
     was_training = model.training
@@ -228,7 +226,7 @@ def evaluate(
 def choose_precision(
     create: Callable[[], LongNetLM], windows: Windows, settings: DemoSettings, device: torch.device, *, steps: int = 2
 ) -> tuple[Precision, float]:
-    """Times a few training steps in float32 and under bfloat16 autocast, each on a model of its own.
+    """Time a few training steps in float32 and under bfloat16 autocast, each on a model of its own.
 
     Returns:
         The faster precision, and about how many seconds one forward pass over the whole context takes in it.

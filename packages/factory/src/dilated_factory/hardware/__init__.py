@@ -1,6 +1,6 @@
-"""What the factory knows about the machine: `Hardware`, and the readers below it that need no torch.
+"""What the factory knows about the machine: ``Hardware``, and the readers below it that need no torch.
 
-`host` reads processor, memory and NUMA nodes, `nvidia` the driver, `flash` the flash attention packages.
+``host`` reads processor, memory and NUMA nodes, ``nvidia`` the driver, ``flash`` the flash attention packages.
 Nothing is probed until it is asked for.
 """
 

@@ -1,6 +1,6 @@
 """One device and the process around it, behind one object that a test can simply construct.
 
-Imports torch when a device is looked at, not before: `dilated info` reads the machine without it.
+Imports torch when a device is looked at, not before: ``dilated info`` reads the machine without it.
 """
 
 from __future__ import annotations
@@ -19,15 +19,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Hardware:
-    """One device and the process around it.
+    """One device and the process around it: what decisions go by, so that a test can write a machine of its own.
 
-    `capability` is "9.0" for a CUDA device and the vector instruction set ("AVX512") for a CPU.
-    `memory_total` is in bytes, None where it cannot be read. `bf16` says whether bfloat16 arithmetic runs (a
-    CPU always can, natively or not). `threads` is torch's own intra-op number. `process_group` says whether
-    torch.distributed's default group is initialised, `world_size` how many ranks it has (1 without).
-    `flash` names the flash attention packages ("fa2", "fa3", "fa4") that are installed and that this device can
-    run. `numa_nodes` is the number of the host's memory nodes. `local_world_size` and `local_rank` say how many
-    ranks share this host and which of them this is, as the launcher's environment tells; None without one.
+    Attributes:
+        device_type: "cpu", "cuda" or another of torch's.
+        device_name: the device's own name; "" where it is not known.
+        capability: "9.0" for a CUDA device, the vector instruction set ("AVX512") for a CPU; "" where unknown.
+        memory_total: bytes; None where it cannot be read.
+        bf16: whether bfloat16 arithmetic runs. A CPU always can, natively or not.
+        threads: torch's own number of threads inside one operation.
+        world_size: ranks of torch.distributed's default group, 1 without one.
+        process_group: whether that group is initialised.
+        flash: the flash attention packages ("fa2", "fa3", "fa4") that are installed and that this device can run.
+        numa_nodes: memory nodes of the host.
+        local_world_size, local_rank: how many ranks share this host and which of them this is, as the launcher's
+            environment tells; None without one.
 
     >>> Hardware(device_type="cuda", capability="9.0").process_group
     False
@@ -54,11 +60,16 @@ class Hardware:
         root: Path = host.ROOT,
         environ: Mapping[str, str] | None = None,
     ) -> Hardware:
-        """Look at `device`, or without one at the best device present (CUDA before CPU).
+        """Look at a device.
 
-        `root` is the folder that stands for "/", `environ` the environment (None: the process's own).
-        Raises RuntimeError, as torch does, for a device string torch does not know, and ValueError for a launcher's
-        variable (LOCAL_WORLD_SIZE, LOCAL_RANK) that is no number.
+        Args:
+            device: which; None for the best that is present, CUDA before CPU.
+            root: the folder that stands for "/".
+            environ: the environment; None for the process's own.
+
+        Raises:
+            RuntimeError: torch knows no such device.
+            ValueError: a launcher's variable (LOCAL_WORLD_SIZE, LOCAL_RANK) is no number.
 
         >>> Hardware.detect("cpu").device_type
         'cpu'
@@ -115,6 +126,36 @@ class Hardware:
         memory = "memory unknown" if self.memory_total is None else f"{round(self.memory_total / 2**30)} GiB"
         name = " ".join(f"{self.device_type} {self.device_name}".split())
         return f"{name}, {self.capability or 'capability unknown'}, {memory}, {self.threads} threads"
+
+
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """Return the device, of those that pools and kernels are made for and that are here; None is the best present.
+
+    Raises:
+        TypeError: ``device`` is neither a device nor its name.
+        ValueError: another kind than cpu and cuda, or one that is not here.
+
+    >>> usable_device("cpu")
+    device(type='cpu')
+    """
+    import torch
+
+    if not isinstance(device, (str, torch.device, type(None))):
+        raise TypeError(f"device: expected cpu, cuda[:index] or None, got {device!r}")
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected cpu or cuda[:index], got {device!r}") from error
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda[:index], got {device!r}")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: expected a device that is here, got {device!r}, and torch {torch.__version__} sees "
+            f"{torch.cuda.device_count()} CUDA devices"
+        )
+    return place
 
 
 def _number(environ: Mapping[str, str], name: str, *, at_least: int) -> int | None:

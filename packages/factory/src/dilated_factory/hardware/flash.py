@@ -16,7 +16,7 @@ from pathlib import Path
 class Generation:
     """One generation: the module to import, the distribution that brings it, and the capabilities it runs on.
 
-    `lowest` and `highest` are the first number of a compute capability, `highest` None where there is no end.
+    ``lowest`` and ``highest`` are the first number of a compute capability, ``highest`` None where there is no end.
     """
 
     name: str
@@ -67,7 +67,7 @@ def found() -> tuple[str, ...]:
 
 
 def usable(capability: str, installed: Collection[str]) -> tuple[str, ...]:
-    """Return those of the `installed` generations that a CUDA device of this compute capability can run.
+    """Return those of the ``installed`` generations that a CUDA device of this compute capability can run.
 
     >>> usable("9.0", ["fa2", "fa3", "fa4"]), usable("8.6", ["fa2", "fa3"])
     (('fa2', 'fa3', 'fa4'), ('fa2',))

@@ -28,9 +28,9 @@ VECTOR_FLAGS = (
 class Host:
     """One machine, as far as this process may use it.
 
-    `usable_cores` are those the process is allowed on, `cpu_quota` is the control group's limit in cores (None:
-    no limit). `memory_total` is the machine's and `memory_limit` the control group's where that is lower, both in
-    bytes and None where unknown. `numa_nodes` holds the cores of each node, empty where the machine does not say.
+    ``usable_cores`` are those the process is allowed on, ``cpu_quota`` is the control group's limit in cores (None:
+    no limit). ``memory_total`` is the machine's and ``memory_limit`` the control group's where that is lower, both in
+    bytes and None where unknown. ``numa_nodes`` holds the cores of each node, empty where the machine does not say.
     """
 
     cpu_name: str

@@ -21,7 +21,7 @@ _SMI_FIELDS = ("name", "memory.total", "compute_cap", "driver_version")
 
 @dataclass(frozen=True)
 class NvidiaDevice:
-    """One device; `memory_total` in bytes and `capability` ("9.0") where the source tells them."""
+    """One device; ``memory_total`` in bytes and ``capability`` ("9.0") where the source tells them."""
 
     name: str
     memory_total: int | None = None
@@ -30,7 +30,7 @@ class NvidiaDevice:
 
 @dataclass(frozen=True)
 class Nvidia:
-    """The driver's version and its devices; `source` is the file or command that told, `problem` why it could not."""
+    """The driver's version and its devices; ``source`` is the file or command that told, ``problem`` why none could."""
 
     driver: str = ""
     devices: tuple[NvidiaDevice, ...] = ()
@@ -39,9 +39,9 @@ class Nvidia:
 
 
 def survey(root: Path = ROOT, command: str | None = None, timeout: float = SMI_TIMEOUT) -> Nvidia:
-    """Return what the driver's files tell, or else what `command` does; an empty Nvidia where there is no driver.
+    """Return what the driver's files tell, or else what ``command`` does; an empty Nvidia where there is no driver.
 
-    `command` is the path of nvidia-smi, by default the one on PATH; `timeout` is in seconds.
+    ``command`` is the path of nvidia-smi, by default the one on PATH; ``timeout`` is in seconds.
     """
     found = _from_files(root)
     if found is not None:

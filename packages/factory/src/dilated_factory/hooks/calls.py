@@ -29,7 +29,7 @@ class Rules:
     """What of a module goes by the length of a call, and by which rules.
 
     Attributes:
-        attention_type, enable, lightweight: as `Policy.choose_pool` takes them.
+        attention_type, enable, lightweight: as ``Policy.choose_pool`` takes them.
         policy: the thresholds.
         profile: whose kernels are taken; None where the kernel is the caller's or the type's own affair.
         allocator: what is switched; None where the pool's mode is settled.
@@ -63,9 +63,9 @@ class Rules:
 
 @dataclass
 class FollowCalls:
-    """Decides anew where a call is of another class than the one before.
+    """Decide anew where a call is of another class than the one before.
 
-    Classes are those of `Policy.length_class`, and where a profile chooses kernels also its lengths, the dtype, the
+    Classes are those of ``Policy.length_class``, and where a profile chooses kernels also its lengths, the dtype, the
     device and whether there is a mask, which not every kernel takes. What was decided for a class is kept, and logged
     once. Steps of generation, with a cache that has seen tokens, leave the decision as the prompt had it.
 
@@ -160,7 +160,7 @@ class FollowCalls:
 
 
 def holder_of_kernel(module: nn.Module) -> Any:
-    """The module whose `kernel` is the choice: an attention, or the one inside a multi-head one; None for neither."""
+    """The module whose ``kernel`` is the choice: an attention, or the one inside a multi-head one; None for neither."""
     for one in (module, getattr(module, "attention", None)):
         if isinstance(getattr(one, "kernel", None), str):
             return one

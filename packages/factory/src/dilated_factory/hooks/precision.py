@@ -19,8 +19,8 @@ _IN_FORCE: dict[str, list[tuple[object, str]]] = {}
 class PrecisionOfFloat32:
     """A pair of hooks: float32 matrix products in that precision during a call, torch's own switch restored after it.
 
-    The switch is `torch.backends.cuda.matmul.fp32_precision`, or on a CPU that of `torch.backends.mkldnn.matmul`. It is
-    the process's: other threads compute so too while the call runs. The backward pass runs outside of the call.
+    The switch is ``torch.backends.cuda.matmul.fp32_precision``, or on a CPU that of ``torch.backends.mkldnn.matmul``.
+    It is the process's: other threads compute so too while the call runs. The backward pass runs outside of the call.
     """
 
     precision: str

@@ -18,19 +18,6 @@ from torch import Tensor, nn
 from dilated_core import DilatedKVCache
 from dilated_factory.models.row_caches import LayerCache, RowCaches, RowGroup
 
-__all__ = [
-    "Autocast",
-    "CachedSteps",
-    "Decoder",
-    "Ending",
-    "LanguageModel",
-    "Text",
-    "WholePasses",
-    "cached",
-    "evaluating",
-    "uncompiled",
-]
-
 
 class LanguageModel(Protocol):
     """What decoding asks of a model."""
@@ -40,7 +27,7 @@ class LanguageModel(Protocol):
     def last_logits(
         self, tokens: Tensor, caches: Sequence[LayerCache] | None = None, last: Tensor | None = None
     ) -> Tensor:
-        """Logits (batch, vocab_size) of what follows column `last` (batch,) of tokens, the last one where None."""
+        """Logits (batch, vocab_size) of what follows column ``last`` (batch,) of tokens, the last one where None."""
 
 
 class Text:
@@ -194,7 +181,7 @@ class Autocast:
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not None)
 
     def cache(self, attention: Any, batch_size: int) -> DilatedKVCache:
-        """`attention.new_cache(batch_size)`, in the dtype that autocast will give its keys; it leaves float64 alone."""
+        """``attention.new_cache(batch_size)``, in the dtype that autocast gives its keys; it leaves float64 alone."""
         cache: DilatedKVCache = attention.new_cache(batch_size)
         if self.dtype in (None, cache.dtype) or cache.dtype == torch.float64:
             return cache

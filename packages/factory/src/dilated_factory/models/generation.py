@@ -1,6 +1,6 @@
-"""Writing text with a causal language model: `generate`, `stream`, and the checks of what they are given.
+"""Writing text with a causal language model: ``generate``, ``stream``, and the checks of what they are given.
 
-What is drawn from the logits is `sampling`'s affair, where they come from `decoding`'s. May import torch and this
+What is drawn from the logits is ``sampling``'s affair, where they come from ``decoding``'s. May import torch and this
 package's models.
 """
 
@@ -16,15 +16,13 @@ from dilated_factory.models.decoding import Autocast, Decoder, Ending, Text, Who
 from dilated_factory.models.row_caches import LayerCache
 from dilated_factory.models.sampling import Sampling
 
-__all__ = ["GeneratesText", "check_tokens"]
-
 _ID_DTYPES = (torch.int64, torch.int32)
 
 LogitsProcessor = Callable[[Tensor, Tensor], Tensor]
 
 
 class GeneratesText(nn.Module):
-    """`generate` and `stream`, for a model that has `vocab_size`, `layers` with `self_attn`, and `last_logits`."""
+    """``generate`` and ``stream``, for a model with ``vocab_size``, ``last_logits`` and ``layers`` of ``self_attn``."""
 
     vocab_size: int
     layers: nn.ModuleList
@@ -33,7 +31,7 @@ class GeneratesText(nn.Module):
     def last_logits(
         self, tokens: Tensor, caches: Sequence[LayerCache] | None = None, last: Tensor | None = None
     ) -> Tensor:
-        """Logits (batch, vocab_size) of what follows column `last` (batch,) of tokens, the last one where None."""
+        """Logits (batch, vocab_size) of what follows column ``last`` (batch,) of tokens, the last one where None."""
 
     def generate(
         self,
@@ -52,10 +50,10 @@ class GeneratesText(nn.Module):
         window: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Appends at most `max_new_tokens` sampled tokens to each row of `prompt`.
+        """Append at most ``max_new_tokens`` sampled tokens to each row of ``prompt``.
 
         Without gradients, in eval mode and uncompiled; every module's own mode is restored after. A token costs what
-        attending the keys it reaches costs: each layer keeps those in a cache. With a `window`, or with an attention
+        attending the keys it reaches costs: each layer keeps those in a cache. With a ``window``, or with an attention
         type that has no cache, it costs a whole forward pass over what is seen; a window starts anew, half of it back,
         each time it is full, so that segments keep starting where they did. For several texts of one prompt, repeat
         its row.
@@ -70,8 +68,8 @@ class GeneratesText(nn.Module):
             top_p: sample from the nucleus: the fewest likeliest tokens that hold p of the mass top_k has left.
             min_p: sample among those at least min_p times as likely as the likeliest.
             repetition_penalty: above 1, tokens that the row holds already become less likely, as CTRL's do.
-            logits_processor: called as `processor(tokens, logits)`, after the penalty and before the temperature, with
-                what generate would return now and logits (batch, vocab_size) in float32 or float64; returns such
+            logits_processor: called as ``processor(tokens, logits)``, after the penalty and before the temperature,
+                with what generate would return now and logits (batch, vocab_size) in float32 or float64; returns such
                 logits, -inf for what may not come. It changes neither argument.
             eos_token_id: one id or several. A row ends with the first of them it draws; all ended, generation stops.
             pad_token_id: fills what is right of a row's end; the first eos_token_id where None.
@@ -134,10 +132,17 @@ class GeneratesText(nn.Module):
         window: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Iterator[Tensor]:
-        """The new tokens of `generate` as they come: an iterator of ids (batch, 1), which may be left at any point.
+        """The new tokens of ``generate`` as they come.
 
-        Arguments are generate's, and are checked at the call. A row that has ended yields pad_token_id. Between tokens
-        the model is in its own mode, and nothing of the caller's is changed; autocast is as it was at the call.
+        Arguments are generate's, and are checked at the call. Between tokens the model is in its own mode, and nothing
+        of the caller's is changed; autocast is as it was at the call.
+
+        Returns:
+            An iterator of ids (batch, 1), in the prompt's dtype, which may be left at any point. A row that has ended
+            yields pad_token_id.
+
+        Raises:
+            TypeError, ValueError: as ``generate``.
 
         >>> from dilated_factory.models import LongNetLM
         >>> model = LongNetLM(256, 32, 4, 1, [16], [1])
@@ -219,7 +224,7 @@ class GeneratesText(nn.Module):
 
 
 def check_tokens(name: str, tokens: object) -> None:
-    """Raises TypeError or ValueError unless tokens is an integer tensor (batch, seq)."""
+    """Raise TypeError or ValueError unless tokens is an integer tensor (batch, seq)."""
     if not isinstance(tokens, Tensor) or tokens.dtype not in _ID_DTYPES:
         found = tokens.dtype if isinstance(tokens, Tensor) else type(tokens).__name__
         raise TypeError(f"{name}: expected int64 or int32 token ids, got {found}")

@@ -2,7 +2,7 @@
 
 Every matrix has Xavier's variance; those that carry the residual stream (the feed-forward's two, and the value and
 output projections) are larger by a gain that grows with the depth, the query and key projections are not. May import
-torch only.
+torch and dilated_core's checks.
 """
 
 from __future__ import annotations
@@ -11,21 +11,19 @@ import math
 
 from torch import nn
 
-__all__ = ["initialise_embedding", "initialise_linear", "magneto_gain"]
+from dilated_core.checks import positive_integer
 
 
 def magneto_gain(num_layers: int) -> float:
     """sqrt(log(2 N)): the gain of an encoder-only or decoder-only stack of N layers (arXiv 2210.06423, figure 2).
 
     Raises:
-        ValueError: num_layers is not positive.
+        TypeError, ValueError: num_layers is no positive int.
 
     >>> round(magneto_gain(12), 4)
     1.7827
     """
-    if num_layers < 1:
-        raise ValueError(f"num_layers: expected a positive number, got {num_layers}")
-    return math.sqrt(math.log(2 * num_layers))
+    return math.sqrt(math.log(2 * positive_integer("num_layers", num_layers)))
 
 
 def initialise_linear(linear: nn.Linear, gain: float) -> None:

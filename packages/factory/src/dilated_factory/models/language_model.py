@@ -1,6 +1,6 @@
 """LongNetLM: a causal language model of dilated layers (arXiv 2307.02486): token ids to logits.
 
-May import torch and this package's models.
+May import torch, dilated_core's checks and this package's models.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dilated_core.checks import positive_integer
 from dilated_factory.models.generation import GeneratesText, check_tokens
 from dilated_factory.models.initialisation import initialise_embedding
 from dilated_factory.models.layers import DilatedTransformerDecoderLayer
 from dilated_factory.models.longnet import DilatedStack
 from dilated_factory.models.row_caches import LayerCache
-
-__all__ = ["LongNetLM"]
 
 
 class LongNetLM(GeneratesText, DilatedStack):
@@ -65,8 +64,7 @@ class LongNetLM(GeneratesText, DilatedStack):
         dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        if vocab_size < 1:
-            raise ValueError(f"vocab_size: expected a positive number, got {vocab_size}")
+        vocab_size = positive_integer("vocab_size", vocab_size)
         super().__init__(
             embed_dim,
             num_heads,

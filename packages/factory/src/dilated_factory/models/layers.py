@@ -4,7 +4,8 @@
     x = x + drop_path(dropout(ffn(final_layer_norm(x))))                  ffn normalises again before fc2
 
 Parameter names are torchscale's, so its checkpoints load. The attention comes from the factory, so a layer's kernel and
-memory policy are at `layer.self_attn.decision`. May import torch, the factory's create and this package's models.
+memory policy are at ``layer.self_attn.decision``. May import torch, dilated_core's checks, the factory's create
+and this package's models.
 """
 
 from __future__ import annotations
@@ -16,12 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from dilated_core.checks import positive_integer, probability
 from dilated_factory.create import create_multihead_dilated_attention
 from dilated_factory.models.initialisation import initialise_linear
 from dilated_factory.models.positions import XPOSPositions
 from dilated_factory.models.row_caches import LayerCache, RowCaches
-
-__all__ = ["ACTIVATIONS", "DilatedTransformerDecoderLayer", "DilatedTransformerEncoderLayer", "FeedForward"]
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": functional.gelu,
@@ -64,12 +64,11 @@ class FeedForward(nn.Module):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation: expected one of {', '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
-        if ffn_dim < 1:
-            raise ValueError(f"ffn_dim: expected a positive number, got {ffn_dim}")
+        ffn_dim = positive_integer("ffn_dim", ffn_dim)
         self.activation = activation
         self.gamma_init = gamma_init
         self.fc1 = nn.Linear(embed_dim, ffn_dim, device=device, dtype=dtype)
-        self.activation_dropout = nn.Dropout(_probability("activation_dropout", activation_dropout))
+        self.activation_dropout = nn.Dropout(probability("activation_dropout", activation_dropout))
         self.ffn_layernorm = (
             nn.LayerNorm(ffn_dim, eps=layer_norm_eps, device=device, dtype=dtype) if layer_norm else None
         )
@@ -77,7 +76,7 @@ class FeedForward(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws MAGNETO's initial weights again."""
+        """Draw MAGNETO's initial weights again."""
         initialise_linear(self.fc1, self.gamma_init)
         initialise_linear(self.fc2, self.gamma_init)
         if self.ffn_layernorm is not None:
@@ -92,7 +91,7 @@ class FeedForward(nn.Module):
         return projected
 
     def extra_repr(self) -> str:
-        """What `print(module)` shows."""
+        """What ``print(module)`` shows."""
         return f"activation={self.activation!r}"
 
 
@@ -112,13 +111,13 @@ class DilatedTransformerEncoderLayer(nn.Module):
         activation: "gelu", "relu" or "silu".
         layer_norm: whether the two *sub*-layer norms are there; the two pre-norms always are.
         layer_norm_eps: epsilon of all of them.
-        gamma_init: Xavier gain of fc1, fc2, v_proj and out_proj; `magneto_gain(num_layers)` in a stack.
+        gamma_init: Xavier gain of fc1, fc2, v_proj and out_proj; ``magneto_gain(num_layers)`` in a stack.
         kv_heads: key/value heads for grouped queries; num_heads where None.
         rotary: module called as rotary(query, key) -> (query, key) after the projections, or None.
         attention_type: the factory's type, "auto" to let its policy choose.
         sequence_length: expected tokens, for that policy; None where unknown.
         device, dtype: of the parameters.
-        options: any further keyword of `create_multihead_dilated_attention` (kernel=, semantics=, ...).
+        options: any further keyword of ``create_multihead_dilated_attention`` (kernel=, semantics=, ...).
 
     State dict: self_attn.{q,k,v,out}_proj.{weight,bias}, self_attn.inner_attn_ln.{weight,bias},
     self_attn_layer_norm.{weight,bias}, ffn.fc1.{weight,bias}, ffn.ffn_layernorm.{weight,bias},
@@ -172,7 +171,7 @@ class DilatedTransformerEncoderLayer(nn.Module):
             segment_lengths=segment_lengths,
             dilation_rates=dilation_rates,
             sequence_length=sequence_length,
-            dropout=_probability("attention_dropout", attention_dropout),
+            dropout=probability("attention_dropout", attention_dropout),
             layer_norm=layer_norm,
             layer_norm_eps=layer_norm_eps,
             gamma_init=gamma_init,
@@ -196,7 +195,7 @@ class DilatedTransformerEncoderLayer(nn.Module):
             dtype=dtype,
         )
         self.final_layer_norm = nn.LayerNorm(embed_dim, eps=layer_norm_eps, device=device, dtype=dtype)
-        self.dropout = nn.Dropout(_probability("dropout", dropout))
+        self.dropout = nn.Dropout(probability("dropout", dropout))
         self.drop_path = DropPath(drop_path)
 
     def forward(
@@ -245,11 +244,11 @@ class DilatedTransformerDecoderLayer(DilatedTransformerEncoderLayer):
 
 
 class DropPath(nn.Module):
-    """Zeroes whole samples with probability `p` while training and rescales the rest (arXiv 1603.09382)."""
+    """Zeroes whole samples with probability ``p`` while training and rescales the rest (arXiv 1603.09382)."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
-        self.p = _probability("drop_path", p)
+        self.p = probability("drop_path", p)
 
     def forward(self, update: Tensor) -> Tensor:
         """(batch, ...) to the same shape, each sample kept and scaled by 1 / (1 - p), or zero."""
@@ -260,20 +259,14 @@ class DropPath(nn.Module):
         return update * (keep.to(update.dtype) / (1.0 - self.p)).view(shape)
 
     def extra_repr(self) -> str:
-        """What `print(module)` shows."""
+        """What ``print(module)`` shows."""
         return f"p={self.p}"
 
 
 def check_hidden(hidden: Tensor, embed_dim: int) -> None:
-    """Raises TypeError or ValueError unless hidden is floating, (batch, seq, embed_dim)."""
+    """Raise TypeError or ValueError unless hidden is floating, (batch, seq, embed_dim)."""
     if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
         found = hidden.dtype if isinstance(hidden, Tensor) else type(hidden).__name__
         raise TypeError(f"hidden: expected a floating-point tensor, got {found}")
     if hidden.ndim != 3 or hidden.shape[-1] != embed_dim:
         raise ValueError(f"hidden: expected (batch, seq, embed_dim={embed_dim}), got {tuple(hidden.shape)}")
-
-
-def _probability(name: str, value: float) -> float:
-    if not 0.0 <= value < 1.0:
-        raise ValueError(f"{name}: expected a probability in [0, 1), got {value}")
-    return float(value)

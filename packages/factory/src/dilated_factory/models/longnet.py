@@ -1,7 +1,7 @@
 """LongNet: a stack of dilated layers over embeddings (arXiv 2307.02486 on MAGNETO, arXiv 2210.06423).
 
-`DilatedStack` is what encoder and language model share: the layers, one positions module between them, the final norm,
-activation checkpointing, the record of its arguments. May import torch and this package's models.
+``DilatedStack`` is what encoder and language model share: the layers, one positions module between them, the final
+norm, activation checkpointing, the record of its arguments. May import torch and this package's models.
 """
 
 from __future__ import annotations
@@ -22,11 +22,9 @@ from dilated_factory.models.positions import create_positions
 from dilated_factory.models.pretrained import Pretrained, defaults_of
 from dilated_factory.models.row_caches import LayerCache
 
-__all__ = ["DilatedStack", "LongNet"]
-
 
 class DilatedStack(Pretrained):
-    """`num_layers` layers of one class, MAGNETO-initialised, and a LayerNorm at the end; see LongNet for the arguments.
+    """``num_layers`` layers of one class, MAGNETO-initialised, and a LayerNorm at the end; arguments as LongNet's.
 
     State dict: layers.{i}.* as the layer documents, layer_norm.{weight,bias}. Positions hold nothing.
     """

@@ -1,8 +1,8 @@
 """Relative positions inside attention: rotary angles, and XPOS, which adds a decay with distance.
 
-Both are called between the projections and the attention, `query, key = positions(query, key)`, hold no parameters, and
-make the score of a query at n with a key at m a function of n - m only. Nothing here knows about dilation: a sparse row
-still meets each key at its true distance. May import torch only.
+Both are called between the projections and the attention, ``query, key = positions(query, key)``, hold no parameters,
+and make the score of a query at n with a key at m a function of n - m only. Nothing here knows about dilation: a
+sparse row still meets each key at its true distance. May import torch only.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-
-__all__ = ["POSITION_KINDS", "RotaryPositions", "XPOSPositions", "create_positions"]
 
 POSITION_KINDS = ("xpos", "rotary", "none")
 
@@ -29,7 +27,7 @@ XPOS_SCALE_BASE = 512
 class RotaryPositions(nn.Module):
     """Rotates channel pairs of query and key by an angle proportional to their position (arXiv 2104.09864).
 
-    Pair j, channels (2j, 2j + 1), of the row at position n turns by `n * base ** (-2j / head_dim)`, so that the score
+    Pair j, channels (2j, 2j + 1), of the row at position n turns by ``n * base ** (-2j / head_dim)``, so that the score
     of a query at n with a key at m depends on n - m only. Any length: angles are computed in float64 (float32 on
     devices that have no float64) and applied in float32, or float64 for float64 inputs, whatever autocast says; the
     results return in the dtype they came in.
@@ -74,7 +72,7 @@ class RotaryPositions(nn.Module):
         return _rotate(query, cos, sin), _rotate(key, cos, sin)
 
     def extra_repr(self) -> str:
-        """What `print(module)` shows."""
+        """What ``print(module)`` shows."""
         return f"head_dim={self.head_dim}, base={self.base:g}"
 
     def _positions(self, query: Tensor, key: Tensor, start: int | None) -> Tensor:
@@ -111,11 +109,12 @@ class RotaryPositions(nn.Module):
 class XPOSPositions(RotaryPositions):
     """Rotary positions whose scores also decay with distance: XPOS (arXiv 2212.10554), for causal attention.
 
-    With `zeta_j = (2j / head_dim + 0.4) / 1.4`, pair j of the query at n is multiplied by `zeta_j ** (n / scale_base)`
-    and of the key at m by its inverse, so that a pair at distance n - m >= 0 counts `zeta_j ** ((n - m) / scale_base)`.
-    Positions are counted from the middle of the sequence: the product is the same and the factors reach half as far.
-    (Of a sequence that comes in parts, from the middle of the longest one, which is the same for all of them.)
-    They still grow exponentially with the length, so a sequence for which `zeta_0 ** (-seq / scale_base)` leaves the
+    With ``zeta_j = (2j / head_dim + 0.4) / 1.4``, pair j of the query at n is multiplied by
+    ``zeta_j ** (n / scale_base)`` and of the key at m by its inverse, so that a pair at distance n - m >= 0 counts
+    ``zeta_j ** ((n - m) / scale_base)``. Positions are counted from the middle of the sequence: the product is the same
+    and the factors reach half as far. (Of a sequence that comes in parts, from the middle of the longest one, which is
+    the same for all of them.)
+    They still grow exponentially with the length, so a sequence for which ``zeta_0 ** (-seq / scale_base)`` leaves the
     range of the dtype is refused. At scale_base 512 the longest is 36,260 tokens in float32 (bfloat16 36,259), 4,532
     in float16 and 290,085 in float64; it grows in proportion to scale_base.
 
@@ -142,7 +141,7 @@ class XPOSPositions(RotaryPositions):
         self.scale_base = float(scale_base)
 
     def longest(self, dtype: torch.dtype) -> int:
-        """The longest sequence whose scales fit `dtype`, in tokens."""
+        """The longest sequence whose scales fit ``dtype``, in tokens."""
         return int(math.log(torch.finfo(dtype).max) / self._fastest_decay())
 
     def forward(self, query: Tensor, key: Tensor, start: int | None = None) -> tuple[Tensor, Tensor]:
@@ -165,7 +164,7 @@ class XPOSPositions(RotaryPositions):
         return _rotate(query, cos * scale, sin * scale), _rotate(key, cos * inverse, sin * inverse)
 
     def extra_repr(self) -> str:
-        """What `print(module)` shows."""
+        """What ``print(module)`` shows."""
         return f"{super().extra_repr()}, scale_base={self.scale_base:g}"
 
     def _fastest_decay(self) -> float:
@@ -180,7 +179,7 @@ class XPOSPositions(RotaryPositions):
 
 
 def create_positions(kind: str, head_dim: int, *, scale_base: float | None = None) -> RotaryPositions | None:
-    """The positions module named by `kind`: "xpos", "rotary", or None for "none".
+    """The positions module named by ``kind``: "xpos", "rotary", or None for "none".
 
     Raises:
         ValueError: kind is none of them; head_dim or scale_base as the module says; scale_base without XPOS.

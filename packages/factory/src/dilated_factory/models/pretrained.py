@@ -22,8 +22,6 @@ from torch import nn
 from dilated_factory.hardware import Hardware
 from dilated_factory.models.weights import DTYPES, Unfilled, assign, check_tensors, compare, dtypes_of, ties_of
 
-__all__ = ["CONFIG_FILE", "FORMAT", "FORMAT_VERSION", "WEIGHTS_FILE", "Pretrained", "defaults_of"]
-
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -57,12 +55,12 @@ Model = TypeVar("Model", bound="Pretrained")
 
 
 class Pretrained(nn.Module):
-    """`save_pretrained` and `from_pretrained`, for a model whose constructor leaves its arguments in `arguments`."""
+    """``save_pretrained`` and ``from_pretrained``, for a model that keeps its constructor's arguments."""
 
     arguments: dict[str, Any]
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes config.json and model.safetensors into `folder`, which is made where it is not there.
+        """Write config.json and model.safetensors into ``folder``, which is made where it is not there.
 
         Each file is written under another name and then put in its place, so a save that fails leaves the old ones.
         The config holds every argument of the constructor but those that are the machine's affair: device, dtype
@@ -111,7 +109,7 @@ class Pretrained(nn.Module):
         dtype: torch.dtype | None = None,
         **arguments: Any,
     ) -> Model:
-        """The model that `save_pretrained` wrote into `folder`, in eval mode.
+        """The model that ``save_pretrained`` wrote into ``folder``, in eval mode.
 
         Weights go to the device one by one, so there is never a second copy of them all; no random number is drawn. The
         attention's kernel, pools and caches are decided for that device as in a model made anew.
@@ -158,7 +156,7 @@ class Pretrained(nn.Module):
         return model.eval()
 
     def _check_made_like(self, made: nn.Module) -> None:
-        """Raises ValueError where the weights are not named, shaped and tied as those of `made`."""
+        """Raise ValueError where the weights are not named, shaped and tied as those of ``made``."""
         compare(
             f"{type(self).__name__}: this model is not what its arguments make",
             {name: tuple(tensor.shape) for name, tensor in made.state_dict().items()},
@@ -186,7 +184,7 @@ def defaults_of(made: Callable[..., object], *, leaving_out: Collection[str] = (
 
 
 def from_safetensors(name: str) -> Any:
-    """`safetensors.<name>`. Raises ImportError, with the extra that brings it, where it cannot be had."""
+    """``safetensors.<name>``. Raises ImportError, with the extra that brings it, where it cannot be had."""
     try:
         if name == "torch":
             import safetensors.torch as found
@@ -201,7 +199,7 @@ def from_safetensors(name: str) -> Any:
 
 
 def _read_config(path: Path, name: str) -> dict[str, Any]:
-    """The config of a model of the class `name`. Raises FileNotFoundError or ValueError."""
+    """The config of a model of the class ``name``. Raises FileNotFoundError or ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: expected the config that save_pretrained writes, found no such file")
     try:
@@ -263,7 +261,7 @@ def _plain(name: str, value: object) -> Any:
 
 
 def _replace(files: Mapping[Path, Callable[[Path], None]], token: str) -> None:
-    """Writes all files under other names, and only then puts each in its place."""
+    """Write all files under other names, and only then puts each in its place."""
     written = {path: path.with_name(f".{path.name}.{token}") for path in files}
     try:
         for path, write in files.items():

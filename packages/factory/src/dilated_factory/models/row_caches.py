@@ -14,8 +14,6 @@ from torch import Tensor
 
 from dilated_core import DilatedKVCache
 
-__all__ = ["LayerCache", "RowCaches", "RowGroup"]
-
 
 @dataclass
 class RowGroup:

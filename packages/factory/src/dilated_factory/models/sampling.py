@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Sampling"]
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -59,7 +57,7 @@ class Sampling:
             raise ValueError(f"repetition_penalty: expected a finite number > 0, got {self.repetition_penalty}")
 
     def penalised(self, logits: Tensor, seen: Tensor) -> Tensor:
-        """Logits (batch, vocab_size), those of the tokens that are True in `seen`, of that shape, made less likely."""
+        """Logits (batch, vocab_size), of the tokens that are True in ``seen``, of that shape, made less likely."""
         less = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
         return torch.where(seen, less, logits)
 

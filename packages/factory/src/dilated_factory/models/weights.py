@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["DTYPES", "Unfilled", "assign", "check_tensors", "compare", "dtypes_of", "ties_of"]
-
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """The dtypes of weights, by safetensors' names."""
 
@@ -23,7 +21,7 @@ _DRAWS = (Tensor.normal_, Tensor.uniform_, nn.init.normal_, nn.init.uniform_, nn
 
 
 class Unfilled(TorchFunctionMode):
-    """Draws no initial weights: those in a file are to come in their place, and memory untouched costs nothing."""
+    """Draw no initial weights: those in a file are to come in their place, and memory untouched costs nothing."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -38,7 +36,7 @@ class Unfilled(TorchFunctionMode):
 
 
 def check_tensors(state: Mapping[str, object]) -> None:
-    """Raises TypeError or ValueError for what cannot be written."""
+    """Raise TypeError or ValueError for what cannot be written."""
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or type(tensor) is not Tensor:
             raise TypeError(
@@ -70,7 +68,7 @@ def ties_of(model: nn.Module) -> dict[str, str]:
 
 
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Puts a tensor in the place of the weight of that name; a parameter, such as those that are tied, as it is."""
+    """Put a tensor in the place of the weight of that name; a parameter, such as those that are tied, as it is."""
     owner, _, attribute = name.rpartition(".")
     module = model.get_submodule(owner)
     if isinstance(getattr(module, attribute), nn.Parameter) and not isinstance(tensor, nn.Parameter):
@@ -79,7 +77,7 @@ def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def compare(what: str, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError that names the missing, the unexpected and the mis-shaped weights."""
+    """Raise ValueError that names the missing, the unexpected and the mis-shaped weights."""
     faults = []
     if missing := [name for name in expected if name not in found]:
         faults.append(f"missing weights: {_some(missing)}")

@@ -24,10 +24,10 @@ class ModuleReport:
     """One module that has a decision.
 
     Attributes:
-        name: dotted, as in `named_modules`; "" for the model itself.
+        name: dotted, as in ``named_modules``; "" for the model itself.
         class_name: of the module.
         decision: as of its latest call.
-        resources: where its shared resources are in `Report.resources`; None where it has none.
+        resources: where its shared resources are in ``Report.resources``; None where it has none.
         own: which of "allocator" and "patterns" are the caller's own.
     """
 
@@ -40,7 +40,7 @@ class ModuleReport:
 
 @dataclass(frozen=True)
 class ResourcesReport:
-    """One `SharedResources`.
+    """One ``SharedResources``.
 
     Attributes:
         of_process: whether it is the process's own.
@@ -80,7 +80,7 @@ class OwnReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `report` found. `str` of it is a text of at most 100 columns.
+    """What ``report`` found. ``str`` of it is a text of at most 100 columns.
 
     Attributes:
         title: the model's class.
@@ -117,7 +117,7 @@ class Report:
         return render(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, of types that JSON knows. `format` is the version of this form.
+        """Everything, of types that JSON knows. ``format`` is the version of this form.
 
         >>> Report("Linear").to_dict()["format"]
         1
@@ -140,11 +140,11 @@ class Report:
         }
 
     def to_json(self) -> str:
-        """`to_dict` as text."""
+        """``to_dict`` as text."""
         return json.dumps(self.to_dict(), indent=1)
 
     def save_picture(self, path: Path | str) -> Path:
-        """Draw the pools' bytes, the hit rates and the decisions by layer; PNG at `path`, which is returned.
+        """Draw the pools' bytes, the hit rates and the decisions by layer; PNG at ``path``, which is returned.
 
         Raises:
             ImportError: matplotlib is not installed; the message says how to install it.

@@ -1,4 +1,4 @@
-"""Finds the decided modules of a model, and what they share. Reads only: no pool, no cache and no file is made by it.
+"""Find the decided modules of a model, and what they share. Reads only: no pool, no cache and no file is made by it.
 
 Imports torch for nn.Module, and the handles and hooks by which modules hold their resources.
 """
@@ -33,7 +33,7 @@ def report(model: nn.Module | Iterable[nn.Module]) -> Report:
         model: any module, or several; of several, each one's place is the first part of its modules' names.
 
     Raises:
-        TypeError: `model` is neither.
+        TypeError: ``model`` is neither.
 
     >>> from dilated_factory import create_dilated_attention
     >>> found = report(create_dilated_attention("improved", [64], [1], sequence_length=4096))
@@ -90,7 +90,7 @@ def _decided(named: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, nn.Modul
 
 
 def _home(name: str, parts: dict[str, tuple[nn.Module, list[nn.Module]]]) -> str:
-    """The nearest module above `name` that has a decision; `name` where there is none."""
+    """The nearest module above ``name`` that has a decision; ``name`` where there is none."""
     above = name
     while above:
         above = above.rpartition(".")[0]

@@ -37,7 +37,7 @@ Rates = list[tuple[str, float, str]]
 
 
 def draw(report: Report, path: Path) -> None:
-    """Draw `report`; PNG at `path`. Raises ImportError, which says what to install, where matplotlib is missing."""
+    """Draw ``report``; PNG at ``path``. Raises ImportError, which says what to install, where matplotlib is missing."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

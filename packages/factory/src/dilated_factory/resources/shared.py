@@ -51,7 +51,7 @@ class SharedResources:
     Args:
         limit: what all pools on one device may reserve together: bytes, text such as "8GiB", or a float, the fraction
             of the device's memory.
-        min_bytes: tensors smaller than this are left to PyTorch. None: what `dilated tune` has measured on this
+        min_bytes: tensors smaller than this are left to PyTorch. None: what ``dilated tune`` has measured on this
             machine, else 1 MiB; and for a buffer manager what the policy of each kind says.
         cache_entries, cache_bytes: what the pattern cache keeps at most; None for no limit on bytes.
         backend: (torch.device) -> the backend or the name of one that pools on it draw from, see ``MemoryPool``. By
@@ -160,7 +160,7 @@ class SharedResources:
         """The size from which the pools of that device serve a tensor themselves."""
         if self._min_bytes is not None:
             return self._min_bytes
-        profile = users_profile(place.type)
+        profile = users_profile(place)
         measured = None if profile is None else profile.pool_min_bytes
         return MIN_BYTES if measured is None else measured
 

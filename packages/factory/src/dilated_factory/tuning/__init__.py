@@ -1,8 +1,8 @@
-"""`dilated tune`: measures on this machine what the policy otherwise takes from a table, and writes it down.
+"""``dilated tune``: measures on this machine what the policy otherwise takes from a table, and writes it down.
 
-`rules` turns figures into thresholds, `budget` fits the work into the time there is, `cells` takes one figure,
-`pools`, `kernels` and `blocks` say of what, `text` and `screen` show it, `command` is the command line. The measurement
-itself is ``dilated_factory.tune``. Imports torch when it measures, not before.
+``rules`` turns figures into thresholds, ``budget`` fits the work into the time there is, ``cells`` takes one figure,
+``pools``, ``kernels`` and ``blocks`` say of what, ``text`` and ``screen`` show it, ``command`` is the command line. The
+measurement itself is ``dilated_factory.tune``. Imports torch when it measures, not before.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ __all__ = ["tune"]
 
 # What is measured where nothing else is asked for, in tokens.
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
-# In which attention runs; each has a tolerance in `cells`.
+# The dtypes that kernels are chosen for where nothing else is asked for.
+KERNEL_DTYPES = ("float32", "bfloat16")
+# In which attention runs; each has a tolerance in ``cells``.
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 
@@ -28,20 +30,20 @@ def tune(
     device: torch.device | str | None = None,
     *,
     budget_seconds: float = 120.0,
-    dtypes: Sequence[str] = ("float32", "bfloat16"),
+    dtypes: Sequence[str] = KERNEL_DTYPES,
     head_dim: int = 64,
     heads: int = 8,
     lengths: Sequence[int] = LENGTHS,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Profile:
-    """Measure pools, kernels and block sizes on this machine, and decide by `dilated_factory.tuning.rules`.
+    """Measure pools, kernels and block sizes on this machine, and decide by ``dilated_factory.tuning.rules``.
 
-    Nothing is written: `Profile.save()` does that. Every candidate's output and gradients are compared with the float64
-    definition in the same run, and one that deviates is left out of the choice. What the time does not allow is left
-    out too, the largest lengths first; `Profile.measurements` holds every figure, and why others are missing.
+    Nothing is written: ``Profile.save()`` does that. Every candidate's output and gradients are compared with the
+    float64 definition in the same run, and one that deviates is left out of the choice. What the time does not allow is
+    left out too, the largest lengths first; ``Profile.measurements`` holds every figure, and why others are missing.
 
     Args:
-        device: the CPU or a CUDA device; None for the best there is, as `Hardware.detect`.
+        device: the CPU or a CUDA device; None for the best there is, as ``Hardware.detect``.
         budget_seconds: time for everything. The smallest length of each part is begun in any case, unless the parts
             before it have taken far too much, and left out where one round of it shows that there is no time for all.
         dtypes: for which kernels are chosen: "float32", "bfloat16", ... . Pools are measured in the first one.

@@ -38,7 +38,9 @@ def block_sizes(probe: Probe, budget: Budget, lengths: Sequence[int], dtype: str
     if importlib.util.find_spec("dilated_block_sparse") is None:
         left_out = f"dilated-block-sparse is not installed ({install_command('block_sparse')})"
     if left_out is not None:
-        probe.record(part, "block sizes", **what, left_out=left_out)
+        probe.measurements.append({"part": part, **what, "left_out": left_out})
+        for size in SIZES:
+            probe.step(f"block size {_name(size)}")
         return {}
     length = _affordable_length(probe, budget, lengths, kind)
     what["tokens"] = length

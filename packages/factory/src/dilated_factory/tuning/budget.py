@@ -75,7 +75,7 @@ class Budget:
         """How many rounds of that many seconds to take.
 
         Raises:
-            OutOfTime: the fewest would take `GRACE_SECONDS` more than there is.
+            OutOfTime: the fewest would take ``GRACE_SECONDS`` more than there is.
         """
         if FEWEST * seconds > max(0.0, self.left) + GRACE_SECONDS:
             raise OutOfTime(self._too_long(FEWEST * seconds))

@@ -40,7 +40,7 @@ class Timed(NamedTuple):
 
 
 def time_in_turns(budget: Budget, runs: Mapping[str, Callable[[], object]], loops: int = 1) -> Timed:
-    """Time what runs; each run does its work `loops` times, and the figures are of one.
+    """Time what runs; each run does its work ``loops`` times, and the figures are of one.
 
     A round that is not counted comes first. It warms everything up, and says how many rounds there is time for.
 

@@ -1,34 +1,47 @@
-"""`dilated tune`: its arguments, and what it says and writes. Imports only the standard library until it runs."""
+"""``dilated tune``: its arguments, and what it says and writes. Imports only the standard library until it runs."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 from pathlib import Path
 
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
-
-FAILED = 1
-USAGE = 2
+from dilated_factory.cli.arguments import FAILED, INTERRUPTED, USAGE, add_device, positive_number
+from dilated_factory.tuning import KERNEL_DTYPES, LENGTHS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `dilated tune`."""
-    parser.add_argument("--device", help="cpu or cuda[:index] (default: the best there is)")
-    parser.add_argument(
-        "--budget", type=_seconds, default=120.0, metavar="SECONDS", help="time for everything (default: %(default)g)"
-    )
+    """Add the options of ``dilated tune``."""
+    add_device(parser, None)
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to write (default: the user's own profile)")
+    parser.add_argument(
+        "--budget",
+        type=positive_number("seconds"),
+        default=120.0,
+        metavar="N",
+        help="seconds for everything (default: %(default)g)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
-    parser.add_argument("--json", action="store_true", help="print the profile's JSON instead of tables")
-    parser.add_argument("--lengths", type=_sizes, metavar="N,N", help="tokens (default: 1024 to 65536)")
-    parser.add_argument("--dtypes", type=_names, metavar="NAME,NAME", help="(default: float32,bfloat16)")
-    parser.add_argument("--heads", type=int, default=8, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--head-dim", type=int, default=64, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+    lengths, dtypes = ",".join(map(str, LENGTHS)), ",".join(KERNEL_DTYPES)
+    parser.add_argument(
+        "--lengths", type=_sizes, default=LENGTHS, metavar="N,N", help=f"tokens of the sequences (default: {lengths})"
+    )
+    parser.add_argument(
+        "--dtypes",
+        type=_names,
+        default=KERNEL_DTYPES,
+        metavar="NAME,NAME",
+        help=f"for which kernels are chosen (default: {dtypes})",
+    )
+    parser.add_argument(
+        "--heads", type=int, default=8, metavar="N", help="heads of the attention (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--head-dim", type=int, default=64, metavar="N", help="channels of a head (default: %(default)s)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -40,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     """
     from dilated_factory.policy import Policy
     from dilated_factory.profile import default_path
-    from dilated_factory.tuning import LENGTHS, text, tune
+    from dilated_factory.tuning import text, tune
     from dilated_factory.tuning.screen import progress
 
     place = default_path() if options.output is None else options.output
@@ -52,10 +65,10 @@ def run(options: argparse.Namespace) -> int:
             profile = tune(
                 options.device,
                 budget_seconds=options.budget,
-                dtypes=options.dtypes or ("float32", "bfloat16"),
+                dtypes=options.dtypes,
                 head_dim=options.head_dim,
                 heads=options.heads,
-                lengths=options.lengths or LENGTHS,
+                lengths=options.lengths,
                 progress=show,
             )
     except (TypeError, ValueError) as error:
@@ -109,16 +122,6 @@ def _fail(words: str, status: int) -> int:
 
 def _say(words: str) -> None:
     sys.stdout.write(f"{words}\n")
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text!r}")
-    return seconds
 
 
 def _sizes(text: str) -> list[int]:

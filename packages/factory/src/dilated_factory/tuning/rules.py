@@ -35,9 +35,9 @@ class Figure(NamedTuple):
 
 
 def gains(one: Figure, other: Figure, least: float = GAIN, times: float = 1.0) -> bool:
-    """Whether `one` is faster than `other` by more than `least` and by more than `times` both spreads together.
+    """Whether ``one`` is faster than ``other`` by more than ``least`` and by more than ``times`` both spreads together.
 
-    Of two candidates that are equal, one gains by luck in about 3 of 100 cells of five rounds: hence `ALONE`.
+    Of two candidates that are equal, one gains by luck in about 3 of 100 cells of five rounds: hence ``ALONE``.
 
     >>> gains(Figure(0.9), Figure(1.0)), gains(Figure(0.9), Figure(1.0, spread=0.2)), gains(Figure(0.99), Figure(1.0))
     (True, False, False)
@@ -60,15 +60,15 @@ def smallest_from_which(cells: Mapping[int, Cell], holds: Callable[[Cell], bool]
 
 
 def pool_min_bytes(figures: Mapping[int, Mapping[str, Figure]]) -> int | None:
-    """The size of a tensor from which a pool is worth it: `Profile.pool_min_bytes`.
+    """The size of a tensor from which a pool is worth it: ``Profile.pool_min_bytes``.
 
     Args:
         figures: bytes -> {"torch", "lightweight", "full"}, the time to get a tensor and write it once.
 
     Returns:
-        The smallest size from which every mode that was measured is faster than torch.empty by `GAIN_BY_BYTES` or more
-        and beyond the spreads, NEVER_BYTES where there is none. None, no finding, where nothing of `ENOUGH_BYTES` was
-        measured.
+        The smallest size from which every mode that was measured is faster than torch.empty by ``GAIN_BY_BYTES`` or
+        more and beyond the spreads, NEVER_BYTES where there is none. None, no finding, where nothing of
+        ``ENOUGH_BYTES`` was measured.
 
     >>> same, faster = {"torch": Figure(1.0), "full": Figure(1.0)}, {"torch": Figure(4.0), "full": Figure(2.0)}
     >>> pool_min_bytes({2**20: same, 2**26: faster})
@@ -91,12 +91,12 @@ def pool_min_bytes(figures: Mapping[int, Mapping[str, Figure]]) -> int | None:
 def pool_thresholds(
     figures: Mapping[int, Mapping[str, Mapping[str, Figure]]], policy: Policy
 ) -> tuple[int | None, int | None] | None:
-    """The lengths from which each mode of the pool wins: `Profile.pool_thresholds`.
+    """The lengths from which each mode of the pool wins: ``Profile.pool_thresholds``.
 
-    A mode wins at a length where it is faster than no pool in one of the passes (`gains`), and in none slower by more
-    than `GAIN`, noise or not. "full" has to be no slower than "lightweight" besides. A threshold is the first length
+    A mode wins at a length where it is faster than no pool in one of the passes (``gains``), and in none slower by more
+    than ``GAIN``, noise or not. "full" has to be no slower than "lightweight" besides. A threshold is the first length
     from which that holds, at it and at every longer one that was measured; the longest alone counts where the gain is
-    `ALONE` times above the spreads.
+    ``ALONE`` times above the spreads.
 
     Args:
         figures: tokens -> pass ("forward", "training") -> {"off", "lightweight", "full"}; a length at which a pool
@@ -142,11 +142,11 @@ def pool_thresholds(
 def kernel_rules(
     figures: Mapping[str, Mapping[int, tuple[str, Mapping[str, Figure]]]],
 ) -> tuple[KernelRule, ...]:
-    """The fastest kernel by dtype and length, where it is not the one that "auto" takes: `Profile.kernels`.
+    """The fastest kernel by dtype and length, where it is not the one that "auto" takes: ``Profile.kernels``.
 
-    A kernel is named where it is faster than auto's own choice, as `gains` has it, and is so at a neighbour too, or by
-    `ALONE` times the spreads. Neighbours that agree are one rule; AUTO ends one. Nothing is said of lengths below the
-    shortest that was measured, nor from twice the longest on: there a kernel may take memory that nobody has seen.
+    A kernel is named where it is faster than auto's own choice, as ``gains`` has it, and is so at a neighbour too, or
+    by ``ALONE`` times the spreads. Neighbours that agree are one rule; AUTO ends one. Nothing is said of lengths below
+    the shortest that was measured, nor from twice the longest on: there a kernel may take memory that nobody has seen.
 
     Args:
         figures: dtype -> tokens -> (auto's own choice, kernel -> figure). Where the kernel that "auto" takes has no

@@ -16,7 +16,7 @@ SECONDS_BETWEEN_LINES = 5.0
 
 @contextmanager
 def progress() -> Iterator[Callable[[int, int, str], None]]:
-    """What `tune(progress=)` takes, for the duration of the block."""
+    """What ``tune(progress=)`` takes, for the duration of the block."""
     if sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
         with _bar() as show:
             yield show

@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 import torch
 
 from dilated_factory.hardware import Hardware
+from dilated_factory.hardware.device import usable_device
 from dilated_factory.policy import Policy
 from dilated_factory.profile import MEASURED_WITH, NEVER_BYTES, Profile, installed_version
 from dilated_factory.tuning import blocks, kernels, pools, rules
@@ -31,9 +32,10 @@ def measure_all(
     lengths: Sequence[int],
     progress: Callable[[int, int, str], None] | None,
 ) -> Profile:
-    """See `dilated_factory.tune`, which has checked all of it but the device."""
+    """See ``dilated_factory.tune``, which has checked all of it but the device."""
     start = time.monotonic()
-    hardware, place = _place(device)
+    place = usable_device(device)
+    hardware = Hardware.detect(place)
     total = len(pools.BYTES) + len(lengths) * (1 + len(dtypes)) + len(blocks.SIZES)
     done = 0
 
@@ -77,18 +79,3 @@ def measure_all(
         block_size=rules.fastest_block_size(by_size),
         measurements=(setting, *probe.measurements),
     )
-
-
-def _place(device: torch.device | str | None) -> tuple[Hardware, torch.device]:
-    """What is measured on. Raises TypeError or ValueError for no device, or one without pools and kernels."""
-    if not isinstance(device, (str, torch.device, type(None))):
-        raise TypeError(f'device: expected "cpu", "cuda:0" or None, got {device!r}')
-    try:
-        place = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"device: expected cpu or cuda, got {device!r}") from error
-    if place.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected cpu or cuda, got {device!r}")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {device!r}")
-    return Hardware.detect(place), place

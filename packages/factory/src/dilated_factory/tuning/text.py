@@ -1,4 +1,4 @@
-"""What `dilated tune` found, as plain tables of at most 80 columns. Imports the standard library and the rules."""
+"""What ``dilated tune`` found, as plain tables of at most 80 columns. Imports the standard library and the rules."""
 
 from __future__ import annotations
 
@@ -199,7 +199,7 @@ def _left_out(cells: Sequence[dict[str, Any]], words: Callable[[dict[str, Any]],
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = ()) -> Iterator[str]:
-    """Aligned columns; those numbered in `words` on the left."""
+    """Aligned columns; those numbered in ``words`` on the left."""
     if not rows:
         return
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]

@@ -1,6 +1,6 @@
-"""`dilated info`: what is here, what is lacking, and with --kernels what can run and why the rest cannot.
+"""``dilated info``: what is here, what is lacking, and with --kernels what can run and why the rest cannot.
 
-`machine` gathers what is known without torch, `devices` what only torch knows, `text` writes both.
+``machine`` gathers what is known without torch, ``devices`` what only torch knows, ``text`` writes both.
 Imports the standard library only, so that the answer comes at once.
 """
 
@@ -17,15 +17,19 @@ from dilated_factory.cli.info import machine, text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `dilated info`."""
-    parser.add_argument("--json", action="store_true", help="write JSON instead of text")
+    """Add the options of ``dilated info``."""
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument(
         "--kernels", action="store_true", help="also import torch, and show devices and kernels as it sees them"
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print the information. Returns 1 where --kernels is asked for and torch or dilated-core is not installed."""
+    """Print the information.
+
+    Returns:
+        0; 1 where --kernels is asked for and torch or dilated-core is not installed.
+    """
     info = machine.gather()
     seen = None
     if options.kernels:

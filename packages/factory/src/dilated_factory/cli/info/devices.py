@@ -1,6 +1,6 @@
 """What only torch knows: its devices, and every kernel on each of them, with the reasons of those that refuse.
 
-Imports torch and dilated_core, and is itself imported for `dilated info --kernels` only.
+Imports torch and dilated_core, and is itself imported for ``dilated info --kernels`` only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ HEAD_DIM = 64
 
 @dataclass(frozen=True)
 class KernelInfo:
-    """One kernel on one device: the dtypes it takes at `head_dim`, and why it refuses the others."""
+    """One kernel on one device: the dtypes it takes at ``head_dim``, and why it refuses the others."""
 
     name: str
     dtypes: tuple[str, ...]
@@ -32,7 +32,7 @@ class KernelInfo:
 class DeviceInfo:
     """One device, and every kernel on it, in the order that kernel="auto" asks them.
 
-    `key` is what a profile of this machine is known by, `profile` whether the user's profile is used, or why not.
+    ``key`` is what a profile of this machine is known by, ``profile`` whether the user's profile is used, or why not.
     """
 
     device: str

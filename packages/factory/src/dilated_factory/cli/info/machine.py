@@ -40,13 +40,14 @@ _PARTS = (
     ("memory pools", ("dilated-memory-pool",), ""),
     ("pattern caches", ("dilated-pattern-cache",), ""),
     ("dilated demo and bench", ("rich", "matplotlib"), "bench"),
+    ("models in folders", ("safetensors",), "safetensors"),
     ("transformers' models", ("transformers",), "transformers"),
 )
 
 
 @dataclass(frozen=True)
 class FlashInfo:
-    """One generation of the flash attention packages; `usable` is None where no device's capability is known."""
+    """One generation of the flash attention packages; ``usable`` is None where no device's capability is known."""
 
     name: str
     distribution: str
@@ -75,7 +76,7 @@ class Lack:
 
 @dataclass(frozen=True)
 class ProfileInfo:
-    """What `dilated tune` left: the path where it is looked for, None where nobody looks, and its state in words."""
+    """What ``dilated tune`` left: the path where it is looked for, None where nobody looks, and its state in words."""
 
     path: str | None
     state: str
@@ -83,9 +84,9 @@ class ProfileInfo:
 
 @dataclass(frozen=True)
 class Info:
-    """Everything `dilated info` tells without torch. A version is None where the distribution is not installed.
+    """Everything ``dilated info`` tells without torch. A version is None where the distribution is not installed.
 
-    `cuda_visible_devices` is the environment's variable, None where it is not set.
+    ``cuda_visible_devices`` is the environment's variable, None where it is not set.
     """
 
     python: str
@@ -101,7 +102,7 @@ class Info:
 
 
 def gather(root: Path = host.ROOT) -> Info:
-    """Look at this Python, this machine (the folder `root` stands for "/") and the installed distributions.
+    """Look at this Python, this machine (the folder ``root`` stands for "/") and the installed distributions.
 
     >>> gather().attention_types[0].name
     'standard'

@@ -1,4 +1,4 @@
-"""`dilated info` as aligned text: sections of two columns, wrapped where a terminal is narrow.
+"""``dilated info`` as aligned text: sections of two columns, wrapped where a terminal is narrow.
 
 Imports the standard library only; what torch told comes as plain data.
 """
@@ -16,22 +16,22 @@ if TYPE_CHECKING:
 
 Rows = list[tuple[str, str]]
 
-# What a reader may otherwise conclude from the two lists beside each other.
-_NOT_USED = "not used: the kernels are PyTorch's own"
+# What the list of kernels does not say of them.
+_USE = "for kernels asked for by name; fa2 for none"
 _MORE = "Devices and kernels as torch sees them: dilated info --kernels"
 
 
 def render(info: Info, seen: tuple[DeviceInfo, ...] | None = None, width: int | None = None) -> str:
-    """Write the information, with `seen` (what torch told) where there is some.
+    """Write the information, with ``seen`` (what torch told) where there is some.
 
-    Lines are at most `width` characters long where words allow it; None for no limit.
+    Lines are at most ``width`` characters long where words allow it; None for no limit.
     """
     sections: list[tuple[str, Rows]] = [
         ("", [("Python", info.python), ("Platform", info.platform), ("Profile", info.profile.state)]),
         ("Versions", [(name, found or "not installed") for name, found in info.versions.items()]),
         ("CPU", _host(info.host)),
         ("NVIDIA devices", _nvidia(info.nvidia, info.cuda_visible_devices)),
-        (f"Flash attention packages ({_NOT_USED})", _flash(info.flash)),
+        (f"Flash attention packages ({_USE})", _flash(info.flash)),
         ("Attention types", _types(info.attention_types)),
     ]
     for device in seen or ():
@@ -54,7 +54,7 @@ def _section(title: str, rows: Rows, width: int | None) -> str:
 
 
 def _wrapped(start: str, value: str, width: int | None) -> list[str]:
-    """`value` behind `start`; what does not fit goes on below itself, past a leading "yes" or "no"."""
+    """``value`` behind ``start``; what does not fit goes on below itself, past a leading "yes" or "no"."""
     if width is None or len(start) + len(value) <= width:
         return [f"{start}{value}".rstrip()]
     verdict = value[:5] if value[:5] in ("yes  ", "no   ") else ""
@@ -140,7 +140,7 @@ def _hardware(device: DeviceInfo) -> Rows:
     if hardware.device_type == "cpu":
         rows.append(("threads", str(hardware.threads)))
     if hardware.flash:
-        rows.append(("flash", f"{', '.join(hardware.flash)} ({_NOT_USED})"))
+        rows.append(("flash", ", ".join(hardware.flash)))
     return [*rows, ("key", device.key), ("profile", device.profile)]
 
 

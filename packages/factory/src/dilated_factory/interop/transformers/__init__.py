@@ -45,7 +45,7 @@ def register_transformers(
     Segments start at a row's first real token, so left padding changes nothing. One new token, or a chunk of them,
     with keys from a cache is attended as the same rows of the causal call over all tokens so far. Not supported, and
     refused: masks of four dimensions, sliding windows, packed sequences, cross-attention, attention weights as output,
-    and whatever else a model asks of its attention (soft caps, sinks, position biases).
+    padding under torch.jit.trace, and whatever else a model asks of its attention (soft caps, sinks, position biases).
 
     Args:
         segment_lengths, dilation_rates: LongNet's branches, both or neither.

@@ -63,11 +63,16 @@ def make_mask_function(
                 f"got {tuple(attention_mask.shape)}"
             )
         real = attention_mask.to(torch.bool)
-        if tokens == kv_length and not torch.compiler.is_compiling() and bool(real.all()):
+        if tokens == kv_length and not is_tracing() and bool(real.all()):
             return None
         return _said(real, is_causal)
 
     return padding_mask
+
+
+def is_tracing() -> bool:
+    """Whether what runs is recorded for other masks too, so that the values of this one must decide nothing."""
+    return torch.compiler.is_compiling() or bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
 
 
 def said_causal(mask: Tensor | None) -> bool | None:

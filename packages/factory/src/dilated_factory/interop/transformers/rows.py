@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from dilated_factory.interop.transformers.masks import check_padding, said_causal
+from dilated_factory.interop.transformers.masks import check_padding, is_tracing, said_causal
 
 # What models hand on to every layer, and what has no say in which keys are attended.
 _WITHOUT_EFFECT = frozenset(
@@ -89,6 +89,11 @@ def make_attention_function(engine: Engine) -> Callable[..., tuple[Tensor, None]
     ) -> tuple[Tensor, None]:
         """(batch, heads, seq, head_dim) in, (batch, seq, heads, head_dim) out, as transformers has it."""
         real = check_padding(attention_mask, key.shape[0], key.shape[2])
+        if real is not None and is_tracing() and not torch.compiler.is_compiling():
+            raise ValueError(
+                "attention_mask: expected None under torch.jit.trace, which would take the padding of the example for "
+                f"that of every call (torch.compile and torch.export do not), got shape {tuple(real.shape)}"
+            )
         _refuse_others(engine.name, others)
         causal = _is_causal(engine.name, module, is_causal)
         by_mask = said_causal(real)
