@@ -176,11 +176,11 @@ def main() -> None:
         help="(default: all that run; on a card without math)",
     )
     parser.add_argument("--dense-up-to", type=int, default=131072, metavar="TOKENS")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=15, help="timed rounds (default: %(default)s)")
     parser.add_argument("--enough", type=float, default=2.0, help="seconds of timed runs after which one is enough")
     parser.add_argument("--tune", action="store_true", help="search block sizes for the Triton kernel before")
     parser.add_argument("--fresh", action="store_true", help="measure all rows again")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     if device.type == "cpu" and arguments.sizes is None:

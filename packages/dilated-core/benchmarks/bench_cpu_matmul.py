@@ -112,6 +112,8 @@ def report(rows: list[dict[str, object]], environment: dict[str, object], scores
         "Out, lse and gradients of both kernels were checked against float64 before they were timed. Medians of "
         "interleaved repeats; the spread is the interquartile range over the median; the ratio is flash's time over "
         f"that of the products.\n\n{table}\n"
+        f"\nRaw data: [cpu_matmul.json](cpu_matmul.json). Command, from the repository's root: "
+        f"`python packages/dilated-core/benchmarks/{environment['command']}`.\n"
     )
 
 
@@ -120,10 +122,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu; elsewhere there is nothing to measure")
     parser.add_argument("--rows", type=int, nargs="+", default=[128, 256, 512, 1024, 2048, 2731, 4096])
-    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[2, 1], help="threads of PyTorch (default: %(default)s)"
+    )
     parser.add_argument("--scores", type=int, default=SCORES, help="scores a tile, about: sets the batch")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--repeats", type=int, default=7, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     if torch.device(arguments.device).type != "cpu":
         print(f"this measures a kernel of the CPU; nothing to do on {arguments.device}")

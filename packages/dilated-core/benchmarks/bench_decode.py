@@ -220,19 +220,24 @@ def report(rows: list[dict[str, object]], environment: dict[str, object]) -> str
         "before the length given, where the open segments are fullest and a step is dearest; the spread is the "
         "interquartile range over the median. *Its kernel calls* are those of a step by themselves, on tensors of "
         "the same shapes. *Dense* is SDPA of one query over all keys, which computes another function: the paper's "
-        "pattern attends fewer. *Keys attended* are summed over the heads.\n\n" + table(rows) + "\n"
+        "pattern attends fewer. *Keys attended* are summed over the heads.\n\n"
+        f"{table(rows)}\n"
+        f"\nRaw data: [decode.json](decode.json). Command, from the repository's root: "
+        f"`python packages/dilated-core/benchmarks/{environment['command']}`.\n"
     )
 
 
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda[:index] (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, help="(default: fp32 on a CPU, bf16 on a GPU)")
     parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="threads of PyTorch (default: %(default)s)"
+    )
+    parser.add_argument("--repeats", type=int, default=10, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     timed = (1 + arguments.repeats) * TOKENS
     previous = 0

@@ -212,20 +212,24 @@ def report(rows: list[dict[str, object]], environment: dict[str, object]) -> str
         "the median. *Kernel*: which one attends the tiles, and its share of one run's time. *Rate to dense's* is "
         "FLOP/s of ours over FLOP/s of dense SDPA. *Extra memory* is the peak beyond "
         "inputs and results, in units of the output; for forward+backward the results are the output and three "
-        "gradients.\n\n" + table(rows) + "\n"
+        f"gradients.\n\n{table(rows)}\n"
+        f"\nRaw data: [dilated_attention.json](dilated_attention.json). Command, from the repository's root: "
+        f"`python packages/dilated-core/benchmarks/{environment['command']}`.\n"
     )
 
 
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda[:index] (default: %(default)s)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[8192, 16384, 32768])
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES))
-    parser.add_argument("--threads", type=int, nargs="+", default=[2, 1])
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[2, 1], help="threads of PyTorch (default: %(default)s)"
+    )
     parser.add_argument("--passes", choices=["forward", "backward"], nargs="+", default=["forward", "backward"])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.manual_seed(0)

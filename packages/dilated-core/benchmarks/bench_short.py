@@ -100,19 +100,20 @@ def report(rows: list[dict[str, object]], environment: dict[str, object]) -> str
         "FLOPs at 0.9 of its rate, plus 300 microseconds. Medians of interleaved repeats; the spread is the "
         "interquartile range over the median. *Plans kept*: with `patterns=`.\n\n"
         + "\n".join([HEADER, *map(line, rows)])
-        + "\n"
+        + "\n\nRaw data: [short.json](short.json). Command, from the repository's root: "
+        f"`python packages/dilated-core/benchmarks/{environment['command']}`.\n"
     )
 
 
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda[:index] (default: %(default)s)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[64, 128, 256, 512, 1024, 2047])
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", help="(default: both on a CPU, bf16 on a GPU)")
     parser.add_argument("--threads", type=int, nargs="+", default=[2, 1], help="on a CPU")
-    parser.add_argument("--repeats", type=int, default=60)
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--repeats", type=int, default=60, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     dtypes = arguments.dtypes or (list(DTYPES) if device.type == "cpu" else ["bf16"])

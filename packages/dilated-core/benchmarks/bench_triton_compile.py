@@ -67,6 +67,8 @@ def report(lines: list[str], environment: dict[str, object]) -> str:
         "columns say how many blocks, and warps, a multiprocessor holds at once (64 warps at most). Options: all means "
         "causal, with a padding mask, packed sequences and shared key heads; none means none of these; rows are "
         f"ordered in both.\n\n{table}\n"
+        f"\nRaw data: [triton_compile.json](triton_compile.json). Command, from the repository's root: "
+        f"`python packages/dilated-core/benchmarks/{environment['command']}`.\n"
     )
 
 
@@ -79,7 +81,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
     parser.add_argument("--programs", nargs="+", default=list(PROGRAMS), choices=list(PROGRAMS))
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     if torch.device(arguments.device).type != "cpu":
         print(f"this compiles for cards without one; nothing to do on {arguments.device}")

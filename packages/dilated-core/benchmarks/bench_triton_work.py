@@ -277,7 +277,8 @@ def report(rows: list[dict[str, object]], environment: dict[str, object]) -> str
         "counted here (`tests/test_triton_work.py`, in small).\n\n"
         + gain(rows)
         + "\n".join([HEADER, *table(rows)])
-        + "\n"
+        + "\n\nRaw data: [triton_work.json](triton_work.json). Command, from the repository's root: "
+        f"`python packages/dilated-core/benchmarks/{environment['command']}`.\n"
     )
 
 
@@ -294,7 +295,7 @@ def main() -> None:
     parser.add_argument("--patterns", nargs="+", default=list(PATTERNS), choices=list(PATTERNS))
     parser.add_argument("--sizes", type=int, nargs="+", default=[8192, 32768, 100_000, 131072, 1048576])
     parser.add_argument("--blocks", type=parse_blocks, nargs="+", default=BLOCKS, help="rows x others, as 64x128")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     if torch.device(arguments.device).type != "cpu":
         print(f"this is a count that needs no card; nothing to do on {arguments.device}")

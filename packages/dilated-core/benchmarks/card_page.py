@@ -252,7 +252,11 @@ def page(results: dict[str, Any]) -> str:
     if results["tuning"]:
         parts += ["## Block sizes of the Triton kernel\n", "\n".join(tuning(results["tuning"])) + "\n"]
     parts += ["## Not measured\n", "\n".join(absent(rows)) + "\n"]
-    parts += ["## Which kernel is fastest\n", fastest(rows)]
+    parts += ["## Which kernel is fastest\n", fastest(rows) + "\n"]
+    parts.append(
+        "Raw data: [card.json](card.json). Command, from the repository's root: "
+        f"`python packages/dilated-core/benchmarks/{environment['command']}`."
+    )
     return "\n".join(parts) + "\n"
 
 

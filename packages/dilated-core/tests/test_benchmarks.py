@@ -33,6 +33,8 @@ def _run(name: str, folder: Path, *sizes: str) -> list[dict[str, Any]]:
     command = [sys.executable, str(BENCHMARKS / f"bench_{name}.py"), *sizes, "--threads", "1", "--output", str(folder)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert ran.returncode == 0, ran.stderr
+    page = (folder / f"{name}.md").read_text()
+    assert f"Raw data: [{name}.json]({name}.json). Command, from the repository's root: `python packages/" in page
     return _rows(folder / f"{name}.json")
 
 

@@ -204,7 +204,7 @@ def test_gradients_are_those_of_what_was_kept(case: Case, fused: bool) -> None:
 
 @pytest.mark.parametrize("case", [replace(SMALL, batch=2), replace(SMALL, kv_heads=2, mask="random")], ids=str)
 def test_tiles_gathered_in_parts_drop_the_same_again(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dilated_core.fused.GATHER_ELEMENTS", {"cpu": 10, "cuda": 10})
+    monkeypatch.setattr("dilated_core.span.GATHER_ELEMENTS", {"cpu": 10, "cuda": 10})
     leaves = [leaf.requires_grad_() for leaf in case.problem(torch.float64)[:3]]
     assert torch.autograd.gradcheck(lambda *qkv: checked(case, list(qkv), True), leaves, fast_mode=True)
 

@@ -55,7 +55,7 @@ class Configuration:
         with pytest.MonkeyPatch.context() as patch:
             if self.gathered is not None:
                 limits = {"cpu": self.gathered, "cuda": self.gathered}
-                patch.setattr("dilated_core.fused.GATHER_ELEMENTS", limits)
+                patch.setattr("dilated_core.span.GATHER_ELEMENTS", limits)
             ours = run(self.case, self.dtype, with_lse=self.with_lse, fused=self.fused, kernel=self.kernel)
         assert_close(self.case, self.dtype, ours, oracle(self.case, self.dtype, with_lse=self.with_lse))
 

@@ -15,6 +15,7 @@ from core_cases import deviation
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import dilated_core
 from dilated_core import DilatedKVCache
 from dilated_core.interop.torchscale import CACHE_KEY, TorchscaleDilatedAttention, convert
 
@@ -310,7 +311,7 @@ def test_lengths_may_be_written_in_many_ways(lengths: object) -> None:
         ({"rates": [1, 2.5]}, r"self_attn: args\.dilated_ratio\[1\]"),
         ({"rates": [1, 0]}, r"self_attn: args\.dilated_ratio\[1\]"),
         ({"rates": [1, 17]}, r"self_attn: dilation_rates\[1\]"),
-        ({"seq_parallel": True}, r"self_attn: args\.seq_parallel"),
+        ({"seq_parallel": True}, r"self_attn: expected args\.seq_parallel"),
     ],
 )
 def test_settings_that_cannot_be_kept_are_refused_by_path(settings: dict, message: str) -> None:
@@ -333,8 +334,13 @@ def test_cross_attention_and_replaced_forwards_are_refused() -> None:
         convert(cross)
     wrapped = Layer(DilatedAttention())
     wrapped.self_attn.forward = wrapped.self_attn.forward
-    with pytest.raises(ValueError, match="replaced on the instance"):
+    with pytest.raises(ValueError, match="set on the instance"):
         convert(wrapped)
+
+
+def test_the_bridges_come_with_the_package() -> None:
+    assert dilated_core.interop.torchscale.convert is convert
+    assert "interop" in dilated_core.__all__  # what is listed there is imported there, or ruff says so
 
 
 def test_a_model_without_any_and_bad_options_are_refused() -> None:
@@ -359,17 +365,17 @@ def test_calls_that_cannot_be_honoured_are_refused() -> None:
         attention(x, x[:, :5], x[:, :5])
     with pytest.raises(ValueError, match="key_padding_mask"):
         attention(x, x, x, key_padding_mask=torch.zeros(9, 2, dtype=torch.bool))
-    with pytest.raises(ValueError, match="incremental_state: decoding is causal"):
+    with pytest.raises(ValueError, match="incremental_state: expected is_causal"):
         attention(x, x, x, incremental_state={})
     padding = torch.ones(2, 9, dtype=torch.bool)
-    with pytest.raises(ValueError, match="incremental_state: decoding is causal"):
+    with pytest.raises(ValueError, match="incremental_state: expected is_causal"):
         attention(x, x, x, incremental_state={}, key_padding_mask=padding, is_causal=True)
 
 
 def test_decoding_refuses_dropout_and_positions_that_overflow() -> None:
     _, changed = pair(dropout=0.1)
     x = torch.randn(1, 3, 24, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"call eval\(\)"):
+    with pytest.raises(ValueError, match="expected eval mode"):
         changed(x, incremental_state={}, is_causal=True)
     model = convert(Layer(DilatedAttention(xpos=True))).half()
     with pytest.raises(ValueError, match="too far for XPOS"):

@@ -168,7 +168,7 @@ def test_tiles_gathered_in_parts(semantics: str, monkeypatch: pytest.MonkeyPatch
     """Memory for a segment or a batch row at a time, as long sequences need it: the same attention."""
     case = replace(MIXED_CASES[0], seq=63, kv_heads=2, mask="random").meaning(semantics)
     for elements in (1, 300, 1500):
-        monkeypatch.setattr("dilated_core.fused.GATHER_ELEMENTS", {"cpu": elements, "cuda": elements})
+        monkeypatch.setattr("dilated_core.span.GATHER_ELEMENTS", {"cpu": elements, "cuda": elements})
         for problem in (case, replace(case, mask="none")):
             assert_close(problem, torch.float64, run(problem, torch.float64), oracle(problem, torch.float64))
 

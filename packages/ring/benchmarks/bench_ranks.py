@@ -374,6 +374,8 @@ def report(results: dict[str, Any]) -> str:
         "what busy processors and a shared cache take. *Received*: by the busiest rank, counted around gloo, without "
         "the agreement; *a ring's*: every key and value of all other ranks, three times that with the backward.\n\n"
         f"{table(rows)}\n\n## Against {PEER}\n\nForward of dense attention, checked against the definition.\n\n{peer}\n"
+        f"\nRaw data: [ring_ranks.json](ring_ranks.json). Command, from the repository's root: "
+        f"`python packages/ring/benchmarks/{environment['command']}`.\n"
     )
 
 
@@ -385,9 +387,9 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--patterns", choices=PATTERNS, nargs="+", default=list(PATTERNS))
     parser.add_argument("--causal", choices=["no", "yes"], nargs="+", default=["no", "yes"])
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=2, help="timed rounds (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu; elsewhere there is nothing to measure")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.device != "cpu":
         print("ranks: this measures processes on a CPU")

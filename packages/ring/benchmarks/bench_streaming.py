@@ -163,22 +163,24 @@ def report(rows: list[dict[str, Any]], environment: dict[str, Any]) -> str:
         "read in place on a CPU, all gradients; or stored, copied chunk by chunk, the query's gradient. *Extra memory* "
         "is the device's peak beyond inputs, output, lse and gradients, in units of the output; none is given for "
         "gradients of half precision keys on a CPU, whose float32 sums lie in host memory. *To first*: over the "
-        "figure of the first ring_size.\n\n" + table(rows) + "\n"
+        f"figure of the first ring_size.\n\n{table(rows)}\n"
+        f"\nRaw data: [ring_streaming.json](ring_streaming.json). Command, from the repository's root: "
+        f"`python packages/ring/benchmarks/{environment['command']}`.\n"
     )
 
 
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda[:index] (default: %(default)s)")
     parser.add_argument("--sizes", type=int, nargs="+", default=[4096, 8192])
     parser.add_argument("--ring-sizes", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES))
     parser.add_argument("--keys", choices=["stored", "tensor"], nargs="+", default=["stored", "tensor"])
     parser.add_argument("--passes", choices=["forward", "backward"], nargs="+", default=["forward", "backward"])
-    parser.add_argument("--threads", type=int, nargs="+", default=[2])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--threads", type=int, nargs="+", default=[2], help="threads of PyTorch (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds (default: %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
     torch.manual_seed(0)

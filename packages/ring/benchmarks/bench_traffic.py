@@ -322,6 +322,8 @@ def page(results: dict[str, list[dict[str, object]]], environment: dict[str, obj
         "the shards, and shares each one's work equally among ranks that hold unequal parts of it; or goes over "
         f'more ranks than there are heads ({HEADS}), so that some attend none of it. `exchange="gather"` evens both '
         "out, for more bytes.\n"
+        f"\nRaw data: [ring_traffic.json](ring_traffic.json). Command, from the repository's root: "
+        f"`python packages/ring/benchmarks/{environment['command']}`.\n"
     )
     return text
 
@@ -405,14 +407,28 @@ def plan_picture(path: Path, ranks: int) -> Path:
     return path.with_name(f"{path.stem}_plan_{ranks}.png")
 
 
+def draw_plan(ranks: int, path: Path) -> None:
+    """Who sends to whom: GigaPath's pattern, 1M tokens; a PNG."""
+    plan_of(PATTERNS["GigaPath"](1 << 20), 1 << 20, ranks).save_picture(path, dtype=DTYPE, head_dim=HEAD_DIM)
+
+
+def redraw(record: Path, folder: Path) -> list[Path]:
+    """Draw the pictures of a recorded run again; nothing is run, and only the plans of two pictures are made."""
+    path = folder / "ring_traffic.png"
+    draw(json.loads(record.read_text()), path)
+    for ranks in PICTURED:
+        draw_plan(ranks, plan_picture(path, ranks))
+    return [path, *(plan_picture(path, ranks) for ranks in PICTURED)]
+
+
 def main() -> None:
     """Check, compute, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
     parser.add_argument("--ranks", type=int, nargs="+", default=RANKS)
     parser.add_argument("--device", default="cpu", help="cpu; elsewhere there is nothing to compute")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
-    parser.add_argument("--plot", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
+    parser.add_argument("--plot", action=argparse.BooleanOptionalAction, default=True, help="draw the picture too")
     arguments = parser.parse_args()
     if arguments.device != "cpu":
         print("traffic: this is computed, on any machine")
@@ -443,8 +459,7 @@ def main() -> None:
     if picture is not None:
         draw(results, picture)
         for ranks in PICTURED:
-            plan = plan_of(PATTERNS["GigaPath"](1 << 20), 1 << 20, ranks)
-            plan.save_picture(plan_picture(picture, ranks), dtype=DTYPE, head_dim=HEAD_DIM)
+            draw_plan(ranks, plan_picture(picture, ranks))
     sizes = {"heads": HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16", "flops": FLOPS, "links": LINKS}
     written = {"environment": environment, "sizes": sizes, **results}
     (arguments.output / "ring_traffic.json").write_text(json.dumps(written, indent=1) + "\n")

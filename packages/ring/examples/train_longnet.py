@@ -47,6 +47,9 @@ from dilated_ring.plan import even_bounds
 
 BYTE_VALUES = 256
 
+XPOS_SCALE_BASE = 512
+"""Tokens over which XPOS's scores decay: its own, which reaches 36,260 tokens. For longer contexts it is to grow."""
+
 CLIP = 1.0
 """Largest norm of all gradients together."""
 
@@ -129,6 +132,7 @@ def make_model(arguments: argparse.Namespace, **options: object) -> LongNetLM:
         arguments.layers,
         arguments.segment_lengths,
         arguments.dilation_rates,
+        xpos_scale_base=max(XPOS_SCALE_BASE, arguments.context / 64),
         device=arguments.device,
         # With bfloat16, FSDP2 computes in it from float32 parameters.
         dtype=torch.float64 if arguments.dtype == "float64" else torch.float32,

@@ -19,8 +19,8 @@ from ring_cases import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, Case, Results, ass
 from torch import Tensor, distributed
 
 from dilated_core import AuxRequest, MultiheadDilatedAttention
-from dilated_core.fused import Options
 from dilated_core.resources import NO_RESOURCES
+from dilated_core.span import Options
 from dilated_ring import RingMultiheadDilatedAttention, dilated_ring_attention, ring_attention, streamed_attention
 from dilated_ring.comm import Comm, ProcessGroupComm, Purpose, run_ranks
 from dilated_ring.comm.agreement import _from_all

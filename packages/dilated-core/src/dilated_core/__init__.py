@@ -1,6 +1,10 @@
-"""Exact dilated (LongNet) attention: plan, attend, merge. See DilatedPattern and dilated_attention."""
+"""Exact dilated (LongNet) attention for PyTorch: plan which rows meet, attend each tile, merge the partials exactly.
 
-from dilated_core import kernels, measure, reference
+``dilated_attention`` is the function, ``DilatedAttention`` and ``MultiheadDilatedAttention`` are the modules. Imports
+torch and nothing else; Triton and the flash packages are looked for only when a kernel of theirs is asked for.
+"""
+
+from dilated_core import interop, kernels, measure, reference
 from dilated_core.attend import attend
 from dilated_core.auxiliary import AuxOutput, AuxRequest
 from dilated_core.decode import DilatedKVCache, decode_step
@@ -27,6 +31,7 @@ __all__ = [
     "attention_map",
     "decode_step",
     "dilated_attention",
+    "interop",
     "kernels",
     "measure",
     "merge",

@@ -12,6 +12,7 @@ from dilated_core import checks
 from dilated_core.autograd import make_differentiable
 from dilated_core.kernels import Dropout, Needs, Problem, choose, rows_for_backward, tile_backward
 from dilated_core.partial import Partial, accumulation_dtype
+from dilated_core.tiles import last_stride_1
 
 
 def attend(
@@ -77,7 +78,7 @@ def dropout_seed(dropout_p: float, generator: torch.Generator | None) -> Tensor 
 
 def _rows_last(tensor: Tensor) -> Tensor:
     """(batch, seq, heads, head_dim) as the kernels take it: (batch, heads, seq, head_dim), last stride 1."""
-    return (tensor if tensor.stride(-1) == 1 else tensor.contiguous()).transpose(1, 2)
+    return last_stride_1(tensor).transpose(1, 2)
 
 
 def _problem(

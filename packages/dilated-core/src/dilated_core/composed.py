@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from dilated_core.attend import attend
-from dilated_core.fused import Options
 from dilated_core.packing import sequence_bounds
 from dilated_core.partial import Partial, accumulation_dtype, merge
 from dilated_core.plan import check_torchscale, head_phases
+from dilated_core.span import Options
 
 
 def composed_attention(

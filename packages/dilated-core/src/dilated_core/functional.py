@@ -12,9 +12,9 @@ from dilated_core import checks
 from dilated_core.attend import dropout_seed
 from dilated_core.auxiliary import AuxOutput, AuxRequest
 from dilated_core.composed import composed_attention
-from dilated_core.fused import Extras, Options
 from dilated_core.operators import fused_attention
 from dilated_core.resources import Allocator, PatternStore
+from dilated_core.span import Extras, Options
 
 
 @overload
@@ -111,6 +111,7 @@ def dilated_attention(
         cu_seqlens: (sequences + 1,), int32 or int64: the offsets 0 .. seq of sequences packed into a batch of 1. Each
             is attended by itself, as if it had been passed alone: segments start afresh. On a GPU, reading it waits
             for the device.
+        enable_gqa: whether query heads may share key heads, see ``key``.
         semantics: "paper", as above. "torchscale": what microsoft/torchscale computes, for checkpoints trained with
             it: head j starts at j // ceil(heads / r_i); the sequence is padded with zero rows to a multiple of
             min(w_i, seq) and each segment to a multiple of r_i, and (not causal) these zero keys are attended; alpha

@@ -19,130 +19,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dilated_core.kernels import Dropout, Kernel, Needs, Problem, choose, rows_for_backward, tile_backward
+from dilated_core.kernels import Kernel, Needs, choose, rows_for_backward, tile_backward
 from dilated_core.packing import sequence_bounds
 from dilated_core.partial import accumulation_dtype
-from dilated_core.plan import Tile, make_tiles
+from dilated_core.plan import Tile
 from dilated_core.resources import NO_RESOURCES, OF_QKV, BufferKind, Resources
-from dilated_core.tiles import add_tile, attend_tile, make_problem, merge_tile
+from dilated_core.span import ALL, Extras, Options, Span, gather_elements, of_batch
+from dilated_core.tiles import add_tile, attend_tile, last_stride_1, merge_tile
 
-# Elements gathered of each tensor at a time. On a CPU 4 MiB of float32: long calls that still lie in the shared cache.
-# On a GPU, calls large enough to fill the card.
-GATHER_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 # Where the result is half precision, its float32 sums exist for one of so many blocks of heads at a time; fewer where
 # all of it is smaller than what is gathered anyway.
 HALF_PRECISION_BLOCKS = 4
-ALL = slice(None)
 # What the sums of a plan's tiles are allocated as: results of the forward, or what is yet to be rounded or copied.
 OF_RESULTS: tuple[BufferKind, BufferKind] = ("output", "output")
 OF_SUMS: tuple[BufferKind, BufferKind, BufferKind] = ("temp", "temp", "temp")
-
-
-class Options(NamedTuple):
-    """What is to be computed; checked by whoever made it."""
-
-    segment_lengths: tuple[int, ...]
-    dilation_rates: tuple[int, ...]
-    semantics: str
-    is_causal: bool
-    scale: float
-    dropout_p: float
-    kernel: str
-
-
-class Extras(NamedTuple):
-    """Tensors beside query, key and value.
-
-    Attributes:
-        real: (batch, seq), bool, True where a key is no padding; None for all.
-        cu_seqlens: (sequences + 1,), integers: where packed sequences start and end; None for one.
-        seed: (), int64, of the dropout; None without.
-    """
-
-    real: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    seed: Tensor | None = None
-
-
-class Span(NamedTuple):
-    """One sequence to attend, and how: what every part of its plan shares."""
-
-    options: Options
-    resources: Resources
-    heads: int  # query heads, all of them
-    real: Tensor | None
-    seed: int | None
-
-    def apart(self, place: int) -> Span:
-        """The same with random numbers of its own, which its tiles count on from: there are less than 2^20 of them."""
-        return self if self.seed is None else self._replace(seed=self.seed + (place << 20))
-
-    def tiles(self, seq_len: int, chosen: range) -> list[Tile]:
-        """The plan of the chosen query heads."""
-        lengths, rates, semantics, is_causal, *_ = self.options
-
-        def create() -> list[Tile]:
-            return make_tiles(
-                lengths, rates, seq_len, self.heads, semantics=semantics, is_causal=is_causal, chosen=chosen
-            )
-
-        if self.resources.patterns is None:
-            return create()
-        key = ("dilated_core.tiles", lengths, rates, seq_len, self.heads, semantics, is_causal, chosen)
-        tiles: list[Tile] = self.resources.patterns.get_or_create(key, create)
-        return tiles
-
-    def parts(self, tiles: list[Tile], tensor: Tensor) -> Iterator[tuple[Tile, slice]]:
-        """Cut tiles into (some of the segments, batch rows), each small enough to gather."""
-        batch, head_dim = tensor.shape[0], tensor.shape[-1]
-        budget = _gather_elements(tensor)
-        for tile in tiles:
-            segment = tile.heads * tile.rows * head_dim
-            segments = min(tile.segments, max(1, budget // segment))
-            rows = min(batch, max(1, budget // (segment * tile.segments)))
-            for row in range(0, batch, rows):
-                chosen = slice(row, row + rows) if rows < batch else ALL
-                for first in range(0, tile.segments, segments):
-                    last = min(first + segments, tile.segments)
-                    yield tile if segments == tile.segments else tile.part(first, last), chosen
-
-    def gather(self, tile: Tile, tensor: Tensor, kind: BufferKind = "temp") -> Tensor:
-        """The tile's rows for the kernels, (batch * segments, heads, rows, ...): a view where it can be one."""
-        lanes = tile.lanes(tensor)
-        if lanes is None:
-            view = tile.view(tensor)
-            rows = self.resources.empty(view.shape, dtype=view.dtype, device=view.device, kind=kind).copy_(view)
-            lanes = rows.view(-1, tile.heads, tile.rows, *view.shape[5:])
-        return lanes
-
-    def problem(self, tile: Tile, batch: slice, qkv: list[Tensor], number: int) -> Problem | None:
-        """What the kernel is to attend; None where all keys are padding and nothing stands in for them."""
-        q, k, v = (self.gather(tile, _at(tensor, batch), kind) for tensor, kind in zip(qkv, OF_QKV, strict=True))
-        options = self.options
-        dropout = None if self.seed is None else Dropout(options.dropout_p, (self.seed + number) % 2**63)
-        real = None
-        if self.real is not None:
-            mask = _at(self.real, batch)
-            real = self.gather(tile, mask.unsqueeze(-1).expand(*mask.shape, qkv[1].shape[2]), "mask")
-        return make_problem(
-            q,
-            k,
-            v,
-            real,
-            is_causal=options.is_causal,
-            scale=options.scale,
-            dropout=dropout,
-            phantoms=tile.phantoms,
-        )
-
-
-def _gather_elements(tensor: Tensor) -> int:
-    return GATHER_ELEMENTS.get(tensor.device.type, GATHER_ELEMENTS["cuda"])
-
-
-def _at(tensor: Tensor, batch: slice) -> Tensor:
-    """These batch rows. All of them is the usual case, and worth no operation."""
-    return tensor if batch is ALL else tensor[batch]
 
 
 def _place(tile: Tile, tensor: Tensor) -> Tensor:
@@ -167,11 +57,6 @@ def _ungather(tile: Tile, rows: Tensor) -> Tensor:
     return rows.reshape(batch, tile.segments * tile.rows, *rows.shape[2:]).contiguous()
 
 
-def last_stride_1(tensor: Tensor) -> Tensor:
-    """The tensor as kernels read it."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 class HeadBlock(NamedTuple):
     """Heads whose float32 sums exist at one time: every ``group``-th query head, and the key heads they meet."""
 
@@ -194,7 +79,7 @@ def _head_blocks(query: Tensor, key: Tensor) -> list[HeadBlock]:
         return [HeadBlock(slice(first, heads, group), slice(0, kv_heads)) for first in range(group)]
     blocks = 1
     if accumulation_dtype(query.dtype) != query.dtype:
-        blocks = min(HALF_PRECISION_BLOCKS, heads, -(-query.numel() // _gather_elements(query)))
+        blocks = min(HALF_PRECISION_BLOCKS, heads, -(-query.numel() // gather_elements(query)))
     size = -(-heads // blocks)
     return [HeadBlock(own, own) for own in (slice(at, min(at + size, heads), 1) for at in range(0, heads, size))]
 
@@ -280,7 +165,7 @@ def forward_tiles(
     for number, (tile, batch) in enumerate(span.parts(tiles, query), 1):
         partial = attend(tile, batch, number)
         if partial is not None:
-            place = _place(tile, _at(out, batch)), _place(tile, _at(lse, batch))
+            place = _place(tile, of_batch(out, batch)), _place(tile, of_batch(lse, batch))
             merge_tile(partial, *place, all_have_keys=span.real is None)
     return out, lse
 
@@ -379,7 +264,7 @@ def backward_tiles(
         problem = span.problem(tile, batch, qkv, number)
         if problem is None:
             return None
-        grad_out, out, lse, *rest = (span.gather(tile, _at(tensor, batch)) for tensor in by_query[1:])
+        grad_out, out, lse, *rest = (span.gather(tile, of_batch(tensor, batch)) for tensor in by_query[1:])
         if span.options.semantics == "torchscale":
             # The weights of the mixture take no gradient: the branch's own out, with its weights in the joint softmax.
             engine = choose(span.options.kernel, query.device, query.dtype, query.shape[-1], Needs.of(problem))
@@ -402,6 +287,6 @@ def backward_tiles(
     for number, (tile, batch) in enumerate(span.parts(tiles, query), 1):
         grads = gradients(tile, batch, number)
         if grads is not None:
-            add_tile(grads, (_place(tile, _at(total, batch)) for total in sums))
+            add_tile(grads, (_place(tile, of_batch(total, batch)) for total in sums))
         del grads  # before the next tile has its own
     return sums

@@ -30,13 +30,14 @@ class AttentionMap:
 
     @property
     def merged(self) -> Tensor:
-        """Sparse COO (batch, rows, seq): the mean over the heads that attend at all, so that a row again sums to 1."""
+        """The mean over the heads that attend at all, so that a row again sums to 1; sparse COO (batch, rows, seq)."""
         attending = torch.sparse.sum(self.per_head, 3).to_dense() + self.zero_key_share > 0
         heads = attending.sum(1).clamp(min=1)
         merged = torch.sparse.sum(self.per_head, 1).coalesce()
         batch, row, _ = merged.indices()
         values = merged.values() / heads[batch, row]
-        return torch.sparse_coo_tensor(merged.indices(), values, merged.shape, check_invariants=True, is_coalesced=True)
+        with torch.sparse.check_sparse_tensor_invariants(True):  # torch 2.11 warns of check_invariants=True itself
+            return torch.sparse_coo_tensor(merged.indices(), values, merged.shape, is_coalesced=True)
 
 
 @torch.no_grad()
@@ -59,7 +60,8 @@ def attention_map(
     reach, in time and memory.
 
     Args:
-        query: (batch, seq, heads, head_dim); key: (batch, seq, kv_heads, head_dim).
+        query: (batch, seq, heads, head_dim), float64, float32, bfloat16 or float16.
+        key: (batch, seq, kv_heads, head_dim), dtype and device of query.
         segment_lengths, dilation_rates: the pattern, one entry a branch.
         rows: query positions, each in [0, seq).
         is_causal, scale, key_padding_mask, enable_gqa, semantics: as in ``dilated_attention``.
@@ -111,7 +113,8 @@ def attention_map(
         indices.append(torch.cartesian_prod(*(torch.tensor(axis, dtype=torch.int64, device=device) for axis in axes)).T)
         values.append(torch.exp(scores - shift[:, reach.heads, reach.at, None]).flatten())
     size = (batch, heads, len(positions), seq_len)
-    per_head = torch.sparse_coo_tensor(torch.cat(indices, 1), torch.cat(values), size, check_invariants=True)
+    with torch.sparse.check_sparse_tensor_invariants(True):
+        per_head = torch.sparse_coo_tensor(torch.cat(indices, 1), torch.cat(values), size)
     return AttentionMap(per_head.coalesce(), zero_keys * torch.exp(-shift))
 
 

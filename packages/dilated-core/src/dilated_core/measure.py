@@ -64,7 +64,8 @@ def interleaved(
 
     Args:
         candidates: name -> what to run. CUDA work is waited for.
-        repeats: timed rounds; warmup: rounds before them that are not counted.
+        repeats: timed rounds.
+        warmup: rounds before them that are not counted.
         enough: seconds after which a candidate's timed runs are enough, and it sits out the remaining rounds.
         shortest: seconds that a timed run should take. A quicker candidate is called several times in a row, and their
             mean counts, so that waiting for the device and reading the clock weigh little beside the work.
@@ -102,6 +103,13 @@ def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -
 
     On a CPU from the allocator's own events, so exact and free of what malloc keeps; on CUDA from its statistics.
 
+    Args:
+        run: what to measure; called once.
+        device: whose memory.
+
+    Returns:
+        Bytes.
+
     >>> peak_memory(lambda: torch.empty(1000, dtype=torch.uint8))
     1000
     """
@@ -129,7 +137,11 @@ def peak_memory(run: Callable[[], object], device: torch.device | str = "cpu") -
 
 
 def environment() -> dict[str, object]:
-    """What a figure depends on: versions, processor, threads, devices, date (UTC). JSON-ready."""
+    """What a figure depends on: versions, processor, threads, devices, date (UTC), command. JSON-ready.
+
+    >>> sorted(environment())[:4]
+    ['command', 'cores', 'cpu_capability', 'cuda']
+    """
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
@@ -149,6 +161,10 @@ def environment() -> dict[str, object]:
 
 def results_folder(output: Path | str, device: torch.device | str) -> Path:
     """Where a benchmark's figures of this device belong: ``output`` itself, or on CUDA a folder below it for each card.
+
+    Args:
+        output: the folder of all figures.
+        device: what is measured.
 
     Raises:
         ValueError: a CUDA device that is not there.

@@ -73,7 +73,8 @@ class DilatedAttention(nn.Module):
         """Attend.
 
         Args:
-            query: (batch, seq, heads, head_dim); key, value: (batch, seq, kv_heads, head_dim).
+            query: (batch, seq, heads, head_dim).
+            key, value: (batch, seq, kv_heads, head_dim).
             is_causal: overrides the module's own, for this call.
             key_padding_mask: (batch, seq), bool, True where the key is real.
             cu_seqlens: (sequences + 1,), offsets of the sequences packed into a batch of 1.
@@ -129,6 +130,7 @@ class MultiheadDilatedAttention(MultiheadProjections):
         layer_norm_eps: its epsilon.
         gamma_init: Xavier gain of ``v_proj`` and ``out_proj`` (MAGNETO's gamma); q_proj and k_proj have gain 1.
         kv_heads: key and value heads, a divisor of num_heads; None for num_heads.
+        device, dtype: of the weights; torch's defaults by default.
         rotary: a module called as ``rotary(query, key) -> (query, key)`` on (batch, seq, heads, head_dim) after the
             projections: rotary or XPOS positions.
         softmax_scale, is_causal, semantics, kernel, fused, allocator, patterns: as in DilatedAttention.
@@ -249,6 +251,9 @@ class MultiheadDilatedAttention(MultiheadProjections):
 
         Args:
             batch_size: rows it is for.
+
+        Returns:
+            A DilatedKVCache of the module's pattern, heads and semantics.
 
         Raises:
             TypeError, ValueError: batch_size is no int of at least 0.

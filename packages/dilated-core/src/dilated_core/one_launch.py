@@ -10,12 +10,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from dilated_core.fused import Extras, Options, last_stride_1, results_of_forward
+from dilated_core.fused import results_of_forward
 from dilated_core.kernels.triton import Branches, Triton
 from dilated_core.kernels.triton.kernel import Attention
 from dilated_core.packing import sequence_bounds
 from dilated_core.plan import check_torchscale, head_phases
 from dilated_core.resources import OF_QKV, Resources
+from dilated_core.span import Extras, Options
+from dilated_core.tiles import last_stride_1
 
 
 def forward(

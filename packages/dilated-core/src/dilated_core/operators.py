@@ -1,9 +1,8 @@
 """How PyTorch calls the fused path: a custom operator where it traces, a plain autograd function where it runs.
 
 Both have the same forward and backward: from ``fused``, tile by tile, or where the kernel takes all tiles at once, from
-``one_launch``. The operator is one opaque node under torch.compile, export and
-fake tensors. The function has less overhead, works under torch.func's transforms, and takes what no operator can: an
-allocator and a store of plans.
+``one_launch``. The operator is one opaque node under torch.compile, export and fake tensors. The function has less
+overhead, works under torch.func's transforms, and takes what no operator can: an allocator and a store of plans.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from torch.library import custom_op
 
 from dilated_core import fused, one_launch
 from dilated_core.autograd import make_differentiable
-from dilated_core.fused import Extras, Options
 from dilated_core.kernels import Kernel, Needs, choose
 from dilated_core.kernels.triton import Triton
 from dilated_core.resources import NO_RESOURCES, Resources
+from dilated_core.span import Extras, Options
 
 PLAIN = (Tensor, nn.Parameter)
 

@@ -68,6 +68,9 @@ class DilatedPattern:
             max_slide_px: side of the largest slide, in pixels.
             tile_px: side of a tile, in pixels.
 
+        Raises:
+            TypeError, ValueError: an argument is no positive int, or the slide has less than 32 tiles a side.
+
         >>> DilatedPattern.gigapath().segment_lengths
         (1024, 5792, 32768, 185363, 1048576)
         """
@@ -84,6 +87,14 @@ class DilatedPattern:
 
         Every branch then keeps about w0 positions a segment, so cost grows linearly with length (the paper's eq. 16).
 
+        Args:
+            w0: the shortest segment, in tokens.
+            n: how many branches.
+            alpha: factor from one branch to the next.
+
+        Raises:
+            TypeError, ValueError: an argument is no int of at least 1.
+
         >>> DilatedPattern.geometric(512, 3, 4)
         DilatedPattern(segment_lengths=(512, 2048, 8192), dilation_rates=(1, 4, 16))
         """
@@ -93,6 +104,14 @@ class DilatedPattern:
 
     def pairs(self, seq_len: int, heads: int, *, is_causal: bool = False) -> int:
         """Attended (query, key) pairs over all heads; a pair that m branches join counts m times.
+
+        Args:
+            seq_len: positions, at least 0.
+            heads: query heads.
+            is_causal: whether a row sees only keys at or before it.
+
+        Raises:
+            TypeError, ValueError: an argument of a wrong type or value.
 
         >>> DilatedPattern([4], [2]).pairs(4, heads=2)
         8
@@ -110,13 +129,27 @@ class DilatedPattern:
 
         Two matrix products, a multiplication and an addition each; softmax is left out, as is usual.
 
+        Args:
+            seq_len, heads, is_causal: as of ``pairs``.
+            head_dim: width of a head.
+
+        Raises:
+            TypeError, ValueError: an argument of a wrong type or value.
+
         >>> DilatedPattern([4], [1]).flops(4, heads=1, head_dim=8)
         512
         """
         return 4 * checks.positive_integer("head_dim", head_dim) * self.pairs(seq_len, heads, is_causal=is_causal)
 
     def density(self, seq_len: int, heads: int | None = None) -> float:
-        """Attended pairs over seq_len^2, averaged over heads (None: over one full cycle of head phases).
+        """Attended pairs over seq_len^2, averaged over heads; not causal. Dense attention has density 1.
+
+        Args:
+            seq_len: positions, at least 0.
+            heads: query heads; None for one full cycle of head phases.
+
+        Raises:
+            TypeError, ValueError: an argument of a wrong type or value.
 
         >>> round(DilatedPattern.longnet().density(32768), 3)  # the paper's pattern costs 13 % of dense at 32k
         0.13
@@ -130,6 +163,13 @@ class DilatedPattern:
         """Share of (position, head) places that attend at all, i.e. that lie on some branch's grid.
 
         1.0 whenever a branch has rate 1. A place outside every branch gives output 0 and lse -inf.
+
+        Args:
+            seq_len: positions, at least 0.
+            heads: query heads; None for one full cycle of head phases.
+
+        Raises:
+            TypeError, ValueError: an argument of a wrong type or value.
 
         >>> DilatedPattern([8], [2]).coverage(8)
         0.5

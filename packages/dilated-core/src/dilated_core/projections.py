@@ -23,6 +23,7 @@ class MultiheadProjections(nn.Module):
         layer_norm_eps: its epsilon.
         gamma_init: Xavier gain of ``v_proj`` and ``out_proj`` (MAGNETO's gamma); q_proj and k_proj have gain 1.
         kv_heads: key and value heads, a divisor of num_heads; None for num_heads.
+        device, dtype: of the weights; torch's defaults by default.
         rotary: a module that turns queries and keys by their positions, or None; kept for the subclass.
 
     Raises:
@@ -101,6 +102,13 @@ class MultiheadProjections(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What ``forward`` begins with: its arguments checked and projected.
 
+        Args:
+            query: (batch, seq, embed_dim).
+            key, value: the same shape; query itself by default.
+            key_padding_mask: (batch, seq), bool, True where the key is *padding*: nn.MultiheadAttention's sense.
+            need_weights: False; weights are never formed, True raises.
+            attn_mask: None; anything else raises.
+
         Returns:
             query (batch, seq, num_heads, head_dim), key and value (batch, seq, kv_heads, head_dim), and the mask in
             ``dilated_attention``'s sense, True where the key is real; None for none.
@@ -150,7 +158,14 @@ class MultiheadProjections(nn.Module):
             )
 
     def joined(self, attended: Tensor) -> Tensor:
-        """What ``forward`` ends with: heads (batch, seq, num_heads, head_dim) to output (batch, seq, embed_dim)."""
+        """What ``forward`` ends with: the heads joined, normalised where ``layer_norm`` is, and projected.
+
+        Args:
+            attended: (batch, seq, num_heads, head_dim).
+
+        Returns:
+            Output (batch, seq, embed_dim).
+        """
         rows = attended.flatten(-2)
         if self.inner_attn_ln is not None:
             rows = self.inner_attn_ln(rows)

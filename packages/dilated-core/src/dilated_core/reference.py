@@ -25,6 +25,15 @@ def multiplicity(
 ) -> Tensor:
     """In how many branches may each query row see each key row?
 
+    Args:
+        seq_len: positions.
+        heads: query heads.
+        segment_lengths, dilation_rates: the pattern, one entry a branch.
+        is_causal: whether a row sees only keys at or before it.
+        semantics: "paper", "torchscale" or "grouped".
+        rows: query positions (1-D, int64) to look at; all by default.
+        device: of the result.
+
     Returns:
         (heads, seq or len(rows), seq), int64: 0 where the pair never meets.
 

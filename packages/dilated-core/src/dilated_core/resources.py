@@ -24,7 +24,16 @@ class Allocator(Protocol):
     """
 
     def empty(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return an uninitialised, contiguous tensor."""
+        """Return an uninitialised, contiguous tensor.
+
+        Args:
+            size: its shape.
+            dtype: of its elements.
+            device: where it lies.
+
+        Returns:
+            The tensor; its memory is the caller's until the tensor and all views of it are gone.
+        """
 
 
 @runtime_checkable
@@ -32,7 +41,12 @@ class BufferManager(Protocol):
     """An allocator for each kind of buffer. A ``dilated_memory_pool.AttentionBufferManager`` is one."""
 
     def allocator(self, kind: str) -> Allocator:
-        """Return the allocator of a ``BufferKind``."""
+        """Return the allocator of one kind of buffer.
+
+        Args:
+            kind: a ``BufferKind``: "query", "key", "value", "output", "scores", "weights", "temp", "comm", "mask" or
+                "cache".
+        """
 
 
 @runtime_checkable
@@ -40,7 +54,12 @@ class PatternStore(Protocol):
     """Where plans are kept between calls. A ``dilated_pattern_cache.PatternCache`` is one."""
 
     def get_or_create(self, key: Hashable, create: Callable[[], Any]) -> Any:
-        """Return what is kept under ``key``, or keep and return ``create()``."""
+        """Return what is kept under ``key``, or keep and return ``create()``.
+
+        Args:
+            key: hashable, and the same in every process for the same plan.
+            create: makes the value; called where nothing is kept.
+        """
 
 
 class Resources(NamedTuple):

@@ -14,6 +14,11 @@ from dilated_core.kernels import Dropout, Kernel, Problem
 from dilated_core.partial import merge_in_place, with_zero_keys
 
 
+def last_stride_1(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its last stride is another, which the kernels read wrongly."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def make_problem(
     query: Tensor,
     key: Tensor,

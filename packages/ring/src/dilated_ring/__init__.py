@@ -1,4 +1,9 @@
-"""Exact attention over sequences that lie on many devices, or that are larger than one."""
+"""Exact attention over sequences that lie on many devices, or that are larger than one.
+
+``dilated_ring_attention`` is LongNet's attention over shards, ``ring_attention`` dense attention over shards, and
+``streamed_attention`` dense attention over keys in host memory. Imports torch and dilated_core, and matplotlib only
+when a plan is drawn.
+"""
 
 from dilated_ring.dense import ring_attention, shard, unshard
 from dilated_ring.dilated.functional import dilated_ring_attention

@@ -16,6 +16,13 @@ class DisagreementError(RingError, ValueError):
 class PeerError(RingError):
     """A peer died, stalled past the group's timeout, or left while it was waited for.
 
+    Args:
+        rank: of who noticed, within the group.
+        size: how many ranks the group has.
+        purpose: what was being exchanged, a ``dilated_ring.comm.Purpose``.
+        reason: what is known of why.
+        peers: ranks whose connections are closed.
+
     Attributes:
         rank: of who noticed.
         purpose: what was being exchanged, and for which branch.

@@ -102,7 +102,8 @@ class RingDilatedAttention(DilatedAttention):
         """Attend; all ranks of the group call it together.
 
         Args:
-            query: (batch, local seq, heads, head_dim); key, value: (batch, local seq, kv_heads, head_dim).
+            query: (batch, local seq, heads, head_dim).
+            key, value: (batch, local seq, kv_heads, head_dim).
             is_causal, bounds: override the module's own, for this call.
             key_padding_mask: (batch, local seq), bool, True where this rank's key is real; on all ranks or on none.
             cu_seqlens: None; packed sequences are not for shards, anything else raises.
@@ -166,8 +167,9 @@ class RingMultiheadDilatedAttention(MultiheadProjections):
         layer_norm, layer_norm_eps, gamma_init, kv_heads, device, dtype: the same.
         rotary: a module called as ``rotary(query, key, start=...) -> (query, key)`` on (batch, local seq, heads,
             head_dim) after the projections; start is the position of the shard's first row in the whole sequence.
-        group, bounds, exchange, refetch, verify: as in RingDilatedAttention. Without ``bounds``, a ``rotary`` costs one
-            more small exchange at each call, in which the ranks tell each other their lengths.
+        group, exchange, refetch, verify: as in RingDilatedAttention.
+        bounds: as in RingDilatedAttention. Without them, a ``rotary`` costs one more small exchange at each call, in
+            which the ranks tell each other their lengths.
         softmax_scale, is_causal, semantics, kernel, allocator, patterns: as in RingDilatedAttention.
 
     Raises:

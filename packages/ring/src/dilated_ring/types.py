@@ -12,9 +12,11 @@ from dilated_ring.modules import RingDilatedAttention, RingMultiheadDilatedAtten
 
 
 class Builders(NamedTuple):
-    """Attributes:
-    attention: (segment_lengths, dilation_rates, **options) -> module of (query, key, value), heads apart.
-    multihead: (embed_dim, num_heads, segment_lengths, dilation_rates, **options) -> module.
+    """What makes the modules of one type.
+
+    Attributes:
+        attention: (segment_lengths, dilation_rates, **options) -> module of (query, key, value), heads apart.
+        multihead: (embed_dim, num_heads, segment_lengths, dilation_rates, **options) -> module.
     """
 
     attention: type[RingDilatedAttention]

@@ -18,7 +18,13 @@ from dilated_core.resources import Allocator
 
 
 class Group(NamedTuple):
-    """Attributes: rows: neighbouring batch rows; position: tokens each has seen; tokens: how many each gets now."""
+    """Batch rows that are attended together.
+
+    Attributes:
+        rows: neighbours.
+        position: tokens that each has seen.
+        tokens: how many each gets now.
+    """
 
     rows: slice
     position: int
@@ -104,7 +110,7 @@ class DilatedKVCache:
 
     @property
     def live_rows(self) -> int:
-        """Key rows kept now, over all batch rows, branches and lanes: those of the segments still open."""
+        """Key rows of the segments still open, which are kept, over all batch rows, branches and lanes."""
         return sum(store.plan.live_rows(position) for store in self.stores for position in self._positions)
 
     @property

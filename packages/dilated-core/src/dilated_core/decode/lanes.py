@@ -30,7 +30,14 @@ class Bundle(NamedTuple):
 
 
 class BranchLanes(NamedTuple):
-    """Attributes: lanes: how many; rows: the most that one keeps; bundles: by phase, where it has heads."""
+    """The lanes of one branch.
+
+    Attributes:
+        segment_length, rate: the branch.
+        lanes: how many there are.
+        rows: the most that one keeps.
+        bundles: by phase, where it has heads.
+    """
 
     segment_length: int
     rate: int

@@ -19,6 +19,7 @@ from dilated_core.decode.store import Store
 from dilated_core.functional import dilated_attention
 from dilated_core.kernels import choose
 from dilated_core.partial import merge_stack
+from dilated_core.tiles import last_stride_1
 
 
 def decode_step(
@@ -83,7 +84,7 @@ def decode_step(
     with torch.no_grad():
         for store in cache.stores:
             store.reserve(max((_rows_needed(store, position, count) for _, position, count in groups), default=0))
-        query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+        query, key, value = (last_stride_1(tensor) for tensor in (query, key, value))
         if len(groups) == 1 and groups[0].tokens == seq and groups[0].rows == slice(0, batch):
             return _step(engine, query, key, value, cache, *groups[0][:2])
         out = torch.zeros_like(query, memory_format=torch.contiguous_format)

@@ -21,8 +21,6 @@ from dilated_core.decode import DilatedKVCache, decode_step
 from dilated_core.functional import dilated_attention
 from dilated_core.pattern import DilatedPattern
 
-__all__ = ["CACHE_KEY", "TorchscaleDilatedAttention", "convert"]
-
 LOGGER = logging.getLogger("dilated_core")
 
 CACHE_KEY = "dilated_kv_cache"
@@ -145,14 +143,15 @@ class TorchscaleDilatedAttention(nn.Module):
         args = module.args
         if getattr(args, "seq_parallel", False):
             raise ValueError(
-                f"{name}: args.seq_parallel is set, and without its communication every rank would attend alone; "
-                "expected False"
+                f"{name}: expected args.seq_parallel = False, got {args.seq_parallel} (without its communication every "
+                "rank would attend alone)"
             )
         if getattr(module, "encoder_decoder_attention", False):
             raise ValueError(f"{name}: expected self-attention, got encoder_decoder_attention = True")
         if "forward" in vars(module):
             raise ValueError(
-                f"{name}: its forward was replaced on the instance and would be lost; undo that, convert, redo it"
+                f"{name}: expected its class's own forward, got one set on the instance, which would be lost (undo "
+                "that, convert, redo it)"
             )
         try:
             self.pattern = DilatedPattern(
@@ -207,7 +206,7 @@ class TorchscaleDilatedAttention(nn.Module):
         """
         for name, option in (("attn_mask", attn_mask), ("rel_pos", rel_pos)):
             if option is not None:
-                raise ValueError(f"{name}: dilated attention takes none, expected None")
+                raise ValueError(f"{name}: expected None, a pattern takes no further mask or bias")
         for name, tensor in (("query", query), ("key", key), ("value", value)):
             if tensor.ndim != 3 or tensor.shape != query.shape:
                 raise ValueError(
@@ -223,8 +222,8 @@ class TorchscaleDilatedAttention(nn.Module):
         if incremental_state is not None:
             if not is_causal or real_keys is not None:
                 raise ValueError(
-                    "incremental_state: decoding is causal and knows no padding, expected is_causal = True and a "
-                    f"key_padding_mask that hides nothing, got is_causal = {is_causal}"
+                    "incremental_state: expected is_causal = True and a key_padding_mask that hides nothing (decoding "
+                    f"is causal and knows no padding), got is_causal = {is_causal}"
                 )
             attended = self._decode(q, k, v, incremental_state, is_first_step)
         else:
@@ -269,7 +268,7 @@ class TorchscaleDilatedAttention(nn.Module):
     def _decode(self, q: Tensor, k: Tensor, v: Tensor, state: dict[str, Any], is_first_step: bool) -> Tensor:
         """The next rows of a causal sequence, (batch, seq, heads, head_dim), against the cache in ``state``."""
         if self._dropout_p:
-            raise ValueError("incremental_state: decoding has no dropout; call eval() on the model first")
+            raise ValueError("incremental_state: expected eval mode, a step drops no probabilities (call model.eval())")
         if is_first_step or CACHE_KEY not in state:
             state[CACHE_KEY] = DilatedKVCache(
                 self.pattern.segment_lengths,

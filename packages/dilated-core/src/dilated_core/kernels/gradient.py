@@ -27,7 +27,11 @@ def rows_for_backward(lse: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Ten
     Nothing arrives through the lse of such a row, which is no number: its gradient becomes 0.
 
     Args:
-        lse: any shape, -inf in a row with no key; grad_lse: the same shape, or None.
+        lse: any shape, -inf in a row with no key.
+        grad_lse: the same shape, or None.
+
+    Returns:
+        Both, as ``tile_backward`` and every kernel's backward take them.
     """
     no_key = lse == -math.inf
     return lse.masked_fill(no_key, math.inf), None if grad_lse is None else grad_lse.masked_fill(no_key, 0.0)

@@ -10,7 +10,12 @@ NO_DROPOUT = "it drops no probabilities"
 
 
 class Needs(NamedTuple):
-    """Attributes: mask: some keys are padding; dropout: probabilities are dropped."""
+    """What a call needs of a kernel beside the tensors' device, dtype and head_dim.
+
+    Attributes:
+        mask: some keys are padding.
+        dropout: probabilities are dropped.
+    """
 
     mask: bool = False
     dropout: bool = False

@@ -25,7 +25,8 @@ class Problem(NamedTuple):
 
     Attributes:
         query: (batch, heads, rows, head_dim), last stride 1, other strides free, not empty.
-        key, value: the same with their own number of rows.
+        key: (batch, heads, keys, head_dim), the same otherwise.
+        value: like key.
         is_causal: needs as many keys as queries.
         scale: factor on the scores.
         real: (batch, heads, keys), bool, True where the key is attended; None for all. Keys and values elsewhere are

@@ -29,20 +29,33 @@ class Kernel(Protocol):
         """The word that ``kernel=`` takes."""
 
     def refusal(self, device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs) -> str | None:
-        """Why this kernel cannot run such tensors here; None where it can."""
+        """Why this kernel cannot run such tensors here; None where it can.
+
+        Args:
+            device, dtype, head_dim: of query, key and value.
+            needs: what else is asked for.
+        """
 
     def recommended(self) -> bool:
         """Whether "auto" should take it, here and now, where it does not refuse."""
 
     def forward(self, problem: Problem) -> tuple[Tensor, Tensor]:
-        """Return (out, lse) of the tile."""
+        """Return (out, lse) of the tile.
+
+        Args:
+            problem: the tile; the kernel does not refuse it.
+        """
 
     def backward(self, problem: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of query, key and value.
+        """Return the gradients of query, key and value, in their dtype or a more precise one.
 
         ``out`` and ``lse`` may be those of a larger softmax that this tile was merged into: with P = exp(S - lse) and
-        D = rowsum(grad_out * out) this is then the exact gradient of the joint softmax. A row with no key has lse +inf
-        here, which makes its weights 0.
+        D = rowsum(grad_out * out) this is then the exact gradient of the joint softmax.
+
+        Args:
+            problem: the tile.
+            grad_out, out: (batch, heads, rows, head_dim).
+            lse: (batch, heads, rows); +inf in a row with no key, which makes its weights 0.
         """
 
 
@@ -70,6 +83,13 @@ def table() -> tuple[Kernel, ...]:
 def survey(device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs = NO_NEEDS) -> dict[str, str | None]:
     """Say of every kernel, in order of preference, why it cannot run such tensors; None where it can.
 
+    Args:
+        device, dtype, head_dim: of query, key and value.
+        needs: what else is asked for; nothing by default.
+
+    Returns:
+        name -> reason or None. "auto" takes the first with None, if it is one that recommends itself.
+
     >>> survey(torch.device("cpu"), torch.float32, 64)["math"] is None
     True
     """
@@ -78,6 +98,11 @@ def survey(device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs
 
 def choose(name: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs: Needs = NO_NEEDS) -> Kernel:
     """Return the kernel called ``name``, or for "auto" the first recommended one that can run such tensors.
+
+    Args:
+        name: of a kernel, or "auto".
+        device, dtype, head_dim: of query, key and value.
+        needs: what else is asked for; nothing by default.
 
     Raises:
         ValueError: an unknown name, or a kernel that cannot run them; the message says why.

@@ -41,6 +41,7 @@ def agree(comm: Comm, call: Mapping[str, object], length: int) -> list[int]:
     """Make sure that all ranks were called alike.
 
     Args:
+        comm: to the ranks.
         call: name -> value of everything that must be equal on all ranks; compared by ``str(value)``.
         length: what may differ: positions in this rank's shard.
 
@@ -61,7 +62,12 @@ def asked_bounds(comm: Comm, function: str, length: int) -> tuple[int, ...]:
     """Where the shards of a sequence start and end, as the ranks tell each other, each its shard's length.
 
     Args:
+        comm: to the ranks.
         function: what is called, the same on all ranks.
+        length: positions in this rank's shard.
+
+    Returns:
+        world_size + 1 positions.
 
     Raises:
         DisagreementError: on every rank, where they call different things.
@@ -73,6 +79,15 @@ def agree_with_ticket(comm: Comm, call: Mapping[str, object], length: int) -> tu
     """As ``agree``, and a number that all ranks draw together, which no other agreement has.
 
     A backward that names its forward's ticket in ``call`` meets that of no other call, however alike the two are.
+
+    Args:
+        comm, call, length: as of ``agree``.
+
+    Returns:
+        Every rank's length, and the number.
+
+    Raises:
+        DisagreementError: on every rank, naming what differs and on which.
     """
     try:
         fields = {name: str(value) for name, value in call.items()}
@@ -87,6 +102,10 @@ def refuse(comm: Comm, error: Exception) -> None:
 
     The others raise a DisagreementError that says so, instead of waiting for this rank. If they cannot be told, then
     they fail by themselves; ``error`` is what this rank has to say either way.
+
+    Args:
+        comm: to the others.
+        error: quoted in theirs.
     """
     with suppress(RingError):
         _compare(comm, _Call({"error": f"{type(error).__name__}: {error}"}, 0, refused=True))

@@ -22,7 +22,8 @@ from dilated_ring.comm.closing import (
     on_gloo,
     open_sockets,
 )
-from dilated_ring.comm.protocol import Comm, Purpose, Transfer, check_exchange
+from dilated_ring.comm.group import Group
+from dilated_ring.comm.protocol import Comm, Purpose, Transfer, check_message
 from dilated_ring.errors import PeerError, named
 
 _SLICE = timedelta(seconds=0.1)  # of a wait; so long an interrupt may take to get through
@@ -31,7 +32,11 @@ _LARGE = 1 << 16  # bytes from which on a message comes in several parts, betwee
 
 
 class ProcessGroupComm:
-    """Comm over a ``torch.distributed.ProcessGroup``. Ranks are numbered within the group."""
+    """Comm over a ``torch.distributed.ProcessGroup``. Ranks are numbered within the group.
+
+    Args:
+        group: this process is one of its ranks.
+    """
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group = group
@@ -55,7 +60,7 @@ class ProcessGroupComm:
         purpose: Purpose,
     ) -> Transfer:
         """Start an uneven all-to-all, see Comm."""
-        check_exchange(self, received, sent, received_counts, sent_counts)
+        check_message(self, received, sent, received_counts, sent_counts)
         # A group may have gloo for the CPU and NCCL for GPUs.
         by_gloo = sent.device.type == "cpu" and on_gloo(self.group)
         large = max(received.nbytes, sent.nbytes) >= _LARGE
@@ -139,8 +144,11 @@ class _Work:
             self._sockets &= open_sockets()
 
 
-def comm_of(group: ProcessGroup | DeviceMesh | Comm | None) -> Comm:
+def comm_of(group: Group) -> Comm:
     """The Comm of a process group, of a one-dimensional device mesh, of the default group (None), or itself.
+
+    Args:
+        group: any of these.
 
     Raises:
         TypeError: none of these.

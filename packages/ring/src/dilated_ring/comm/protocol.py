@@ -95,6 +95,9 @@ def together(*comms: Comm | None) -> Iterator[None]:
     """Give up all ``comms`` where this rank fails in the midst of a call: its peers would wait for what never comes.
 
     A DisagreementError is no such failure: every rank raises it, and all can go on.
+
+    Args:
+        comms: this rank's; None is left out.
     """
     try:
         yield
@@ -107,7 +110,7 @@ def together(*comms: Comm | None) -> Iterator[None]:
         raise
 
 
-def check_exchange(
+def check_message(
     comm: Comm, received: Tensor, sent: Tensor, received_counts: Sequence[int], sent_counts: Sequence[int]
 ) -> None:
     """Raise ValueError where the arguments of ``exchange`` do not fit each other: a network would not notice."""

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from dilated_ring.comm.protocol import Comm, Purpose, Transfer, check_exchange
+from dilated_ring.comm.protocol import Comm, Purpose, Transfer, check_message
 from dilated_ring.errors import PeerError
 
 T = TypeVar("T")
@@ -74,7 +74,7 @@ class VirtualComm:
         purpose: Purpose,
     ) -> Transfer:
         """Start an uneven all-to-all, see Comm."""
-        check_exchange(self, received, sent, received_counts, sent_counts)
+        check_message(self, received, sent, received_counts, sent_counts)
         if self.rank in self._hall.gone:
             raise PeerError(self.rank, self.size, purpose, "this rank gave up the group after an earlier error")
         number = self._exchanges
@@ -111,13 +111,15 @@ def run_ranks(size: int, work: Callable[[Comm], T], *, timeout: float = 60.0) ->
     """Run ``work(comm)`` on ``size`` ranks, each a thread with a Comm of its own. For tensors on the CPU.
 
     Args:
+        size: how many ranks.
+        work: what each does; ``comm.rank`` says which it is.
         timeout: seconds that a rank waits for another.
 
     Returns:
         What the ranks return, in their order.
 
     Raises:
-        What the first rank to fail raised: the others, which then find it gone, are not asked.
+        BaseException: what the first rank to fail raised; the others, which then find it gone, are not asked.
         PeerError: a rank started an exchange and never waited for it.
 
     >>> run_ranks(3, lambda comm: (comm.rank, comm.size))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from dilated_core.resources import OF_QKV, BufferKind, Resources
+from dilated_core.tiles import last_stride_1
 from dilated_ring.dense.chunks import Chunks
-from dilated_ring.dense.engine import Engine, Keys, last_stride_1
+from dilated_ring.dense.engine import Engine, Keys
 from dilated_ring.dense.ring import Ring
 from dilated_ring.dense.sharding import Pieces, gather_pieces, pieces_of
 from dilated_ring.dense.team import Team, Tickets

@@ -18,7 +18,7 @@ from dilated_core.kernels import Kernel, Problem, choose, rows_for_backward, til
 from dilated_core.kernels.needs import Needs
 from dilated_core.partial import accumulation_dtype
 from dilated_core.resources import BufferKind, Resources
-from dilated_core.tiles import add_tile, attend_tile, make_problem, merge_tile
+from dilated_core.tiles import add_tile, attend_tile, last_stride_1, make_problem, merge_tile
 from dilated_ring.dense.sharding import Pieces, rows_of
 
 
@@ -199,8 +199,3 @@ class Engine:
 def _lanes(rows: Tensor) -> Tensor:
     """(batch, rows, kv_heads, ...) as the kernels take it, (batch, kv_heads, rows, ...)."""
     return rows.transpose(1, 2)
-
-
-def last_stride_1(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where its last stride is another, which the kernels read wrongly."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -7,12 +7,10 @@ from typing import overload
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_core import Allocator, AuxOutput, AuxRequest, checks
 from dilated_core.kernels import Needs, choose
-from dilated_ring.comm import Comm
+from dilated_ring.comm import Group
 from dilated_ring.dense.attention import Call, Inputs
 from dilated_ring.dense.operators import ring_attention_function
 from dilated_ring.dense.sharding import BALANCES, pieces_of, rows_of
@@ -28,7 +26,7 @@ def ring_attention(
     key: Tensor,
     value: Tensor,
     *,
-    group: ProcessGroup | DeviceMesh | Comm | Team | None = None,
+    group: Group | Team = None,
     ring_size: int | None = None,
     bounds: Sequence[int] | None = None,
     is_causal: bool = False,
@@ -50,7 +48,7 @@ def ring_attention(
     key: Tensor,
     value: Tensor,
     *,
-    group: ProcessGroup | DeviceMesh | Comm | Team | None = None,
+    group: Group | Team = None,
     ring_size: int | None = None,
     bounds: Sequence[int] | None = None,
     is_causal: bool = False,
@@ -71,7 +69,7 @@ def ring_attention(
     key: Tensor,
     value: Tensor,
     *,
-    group: ProcessGroup | DeviceMesh | Comm | Team | None = None,
+    group: Group | Team = None,
     ring_size: int | None = None,
     bounds: Sequence[int] | None = None,
     is_causal: bool = False,

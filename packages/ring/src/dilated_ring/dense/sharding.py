@@ -83,7 +83,8 @@ def shard(tensor: Tensor, rank: int, world_size: int, *, dim: int = 1, balance: 
 
     Args:
         tensor: any shape and dtype, the whole sequence along ``dim``.
-        rank: of whom; world_size: of how many. On a mesh of two dimensions ranks are numbered row by row.
+        rank: whose part. On a mesh of two dimensions ranks are numbered row by row.
+        world_size: how many ranks there are.
         dim: of the positions.
         balance: "contiguous": stretches as equal as can be. "head_tail": the sequence is cut into 2 * world_size
             stretches, and rank r holds those numbered r and 2 * world_size - 1 - r, which makes causal work equal.
@@ -118,6 +119,9 @@ def unshard(shards: Sequence[Tensor], *, dim: int = 1, balance: str = "contiguou
     Args:
         shards: alike but for their lengths along ``dim``; with "contiguous" these are free.
         dim, balance: as in ``shard``.
+
+    Returns:
+        Like each of them, with all positions along ``dim``.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type or value, or lengths that "head_tail" does not make.

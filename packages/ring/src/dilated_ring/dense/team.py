@@ -7,10 +7,9 @@ from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
-from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from dilated_ring.comm import Comm, Purpose, agree_with_ticket, comm_of, refuse, together
+from dilated_ring.comm import Comm, Group, Purpose, agree_with_ticket, comm_of, refuse, together
 from dilated_ring.errors import DisagreementError
 
 # Of a call's agreements, among those who exchange heads and round the ring; None where there was none.
@@ -98,7 +97,7 @@ class Team(NamedTuple):
         return together(self.ring, self.heads)
 
 
-def team_of(group: ProcessGroup | DeviceMesh | Comm | Team | None) -> Team:
+def team_of(group: Group | Team) -> Team:
     """The team of a group: its ranks form a ring; in a mesh of two dimensions those of the second exchange heads.
 
     Raises:

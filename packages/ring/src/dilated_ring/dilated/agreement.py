@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from dilated_core.fused import Options
 from dilated_core.resources import PatternStore
+from dilated_core.span import Options
 from dilated_ring.comm import Comm, agree_with_ticket, together
 from dilated_ring.plan import RankPlan, make_plan
 

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dilated_core.fused import OF_SUMS, Options, Span, backward_tiles, forward_tiles
+from dilated_core.fused import OF_SUMS, backward_tiles, forward_tiles
 from dilated_core.kernels import Needs, choose, rows_for_backward, tile_backward
 from dilated_core.partial import accumulation_dtype, merge_in_place
 from dilated_core.resources import OF_QKV, BufferKind, Resources
-from dilated_core.tiles import add_tile, merge_tile
+from dilated_core.span import Options, Span
+from dilated_core.tiles import add_tile, last_stride_1, merge_tile
 from dilated_ring.comm import Comm, Purpose
 from dilated_ring.dilated.exchange import Arrivals, Exchanges, Gathered, Rows
 from dilated_ring.dilated.meeting import Meeting, Meetings, Shard, heads_first
@@ -51,7 +52,7 @@ class Rank:
         self.plan, self.options, self.resources = plan, options, resources
         self.exchanges = Exchanges(comm, resources)
         self.blocks = len(plan.inner)
-        self.query, self.key, self.value = (_last_stride_1(tensor) for tensor in inputs[:3])
+        self.query, self.key, self.value = (last_stride_1(tensor) for tensor in inputs[:3])
         self.real = inputs.real
         # Ranks may have drawn the same seed: what they drop must differ.
         self.seed = None if inputs.seed is None else (inputs.seed + plan.rank * 0x9E3779B97F4A7C15) % 2**62
@@ -171,7 +172,7 @@ class Rank:
             kept: what the forward gathered; None to gather it again.
         """
         lse, grad_lse = rows_for_backward(lse, grad_lse)
-        halves = [Rows.of_queries(_last_stride_1(tensor), self.blocks) for tensor in (grad_out, out)]
+        halves = [Rows.of_queries(last_stride_1(tensor), self.blocks) for tensor in (grad_out, out)]
         singles = [Rows.of_queries(rows, self.blocks) for rows in (lse, grad_lse) if rows is not None]
         by_query = [*halves, *singles]
         routes = self.plan.routes
@@ -294,10 +295,6 @@ def _purpose(what: str, phase: str, route: Route) -> Purpose:
 def _per_head(real: Tensor, key: Tensor) -> Tensor:
     """A mask of positions as one of every key head, in a dtype that all backends send: (batch, local seq, kv_heads)."""
     return real.to(torch.uint8).unsqueeze(-1).expand(*real.shape, key.shape[2])
-
-
-def _last_stride_1(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _only(rows: list[Tensor]) -> Tensor | None:

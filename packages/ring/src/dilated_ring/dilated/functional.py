@@ -7,14 +7,12 @@ from typing import overload
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh
 
 from dilated_core import Allocator, AuxOutput, AuxRequest, PatternStore, checks
 from dilated_core.attend import dropout_seed
-from dilated_core.fused import Options
 from dilated_core.kernels import Needs, choose
-from dilated_ring.comm import Comm, comm_of, refuse
+from dilated_core.span import Options
+from dilated_ring.comm import Comm, Group, comm_of, refuse
 from dilated_ring.dilated.agreement import Call
 from dilated_ring.dilated.operators import Extras, ring_attention_function
 from dilated_ring.plan import check_bounds
@@ -29,7 +27,7 @@ def dilated_ring_attention(
     segment_lengths: Sequence[int],
     dilation_rates: Sequence[int],
     *,
-    group: ProcessGroup | DeviceMesh | Comm | None = None,
+    group: Group = None,
     bounds: Sequence[int] | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -56,7 +54,7 @@ def dilated_ring_attention(
     segment_lengths: Sequence[int],
     dilation_rates: Sequence[int],
     *,
-    group: ProcessGroup | DeviceMesh | Comm | None = None,
+    group: Group = None,
     bounds: Sequence[int] | None = None,
     is_causal: bool = False,
     scale: float | None = None,
@@ -82,7 +80,7 @@ def dilated_ring_attention(
     segment_lengths: Sequence[int],
     dilation_rates: Sequence[int],
     *,
-    group: ProcessGroup | DeviceMesh | Comm | None = None,
+    group: Group = None,
     bounds: Sequence[int] | None = None,
     is_causal: bool = False,
     scale: float | None = None,

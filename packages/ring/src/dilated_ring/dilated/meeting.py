@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dilated_core.fused import Options
 from dilated_core.kernels import Dropout, Kernel, Problem
 from dilated_core.partial import accumulation_dtype, merge_in_place
 from dilated_core.plan import Tile
+from dilated_core.span import Options
 from dilated_core.tiles import attend_tile, make_problem
 from dilated_ring.dilated.exchange import Gathered, Rows
 from dilated_ring.plan import Route, Segment, Strip

@@ -16,8 +16,9 @@ from torch.fx.node import has_side_effect
 from torch.library import custom_op
 
 from dilated_core.autograd import make_differentiable
-from dilated_core.fused import Options, results_of_forward
+from dilated_core.fused import results_of_forward
 from dilated_core.resources import NO_RESOURCES, Resources
+from dilated_core.span import Options
 from dilated_ring.comm import Comm, ProcessGroupComm, refuse, together
 from dilated_ring.comm.named import comm_named
 from dilated_ring.dilated.agreement import Call, agree_on, settle

@@ -23,11 +23,22 @@ from dilated_ring.plan.sharding import even_part
 
 
 class Branch(NamedTuple):
-    """One branch of the pattern, and the heads that it has: what its segments share."""
+    """One branch of the pattern, and the heads that it has: what its segments share.
+
+    Attributes:
+        number: of the branch in the pattern.
+        branches: how many the pattern has.
+        segment_length: in positions, at most the sequence's length.
+        rate: the branch's dilation rate.
+        heads: of query.
+        kv_heads: of key and value.
+        is_causal: whether a row sees only keys at or before it.
+        semantics: "paper", "torchscale" or "grouped".
+    """
 
     number: int
     branches: int
-    segment_length: int  # at most the sequence's length
+    segment_length: int
     rate: int
     heads: int
     kv_heads: int
@@ -84,22 +95,37 @@ def _key_blocks(branch: Branch, share: range) -> tuple[int, ...]:
 
 
 class Part(NamedTuple):
-    """What one rank holds of a segment: positions ``first`` to ``stop``, counted from the segment's start."""
+    """What one rank holds of a segment.
+
+    Attributes:
+        rank: who holds it.
+        first: its first position, counted from the segment's start.
+        stop: beyond its last one.
+        offset: where position ``first`` lies in the rank's shard.
+    """
 
     rank: int
     first: int
     stop: int
-    offset: int  # where position ``first`` lies in the rank's shard
+    offset: int
 
 
 class Strip(NamedTuple):
-    """Equally many rows of some heads of a segment: where they lie in a shard, and where in the gathered segment."""
+    """Equally many rows of some heads of a segment: where they lie in a shard, and where in the gathered segment.
+
+    Attributes:
+        tile: the rows, as a view of the shard.
+        row: the first of them, counted in the segment.
+        of: how many rows these heads have in the whole segment.
+        lane: the first lane.
+        lane_step: lanes from one group of heads to the next.
+    """
 
     tile: Tile
-    row: int  # first row, counted in the segment
-    of: int  # rows of these heads in the whole segment
-    lane: int  # first lane
-    lane_step: int  # lanes from one group of heads to the next
+    row: int
+    of: int
+    lane: int
+    lane_step: int
 
     @property
     def size(self) -> int:
@@ -125,13 +151,21 @@ class Strip(NamedTuple):
 
 
 class Crossing(NamedTuple):
-    """A segment that several ranks hold parts of."""
+    """A segment that several ranks hold parts of.
+
+    Attributes:
+        branch: the branch that it is a segment of.
+        start: its first position, in the whole sequence.
+        length: in positions.
+        parts: in the order of positions; none is empty.
+        by_heads: whether ranks attend whole heads; else their own rows, with the keys of all others.
+    """
 
     branch: Branch
-    start: int  # position in the whole sequence
+    start: int
     length: int
-    parts: tuple[Part, ...]  # in the order of positions; none is empty
-    by_heads: bool  # whether ranks attend whole heads, or their own rows with the keys of all others
+    parts: tuple[Part, ...]
+    by_heads: bool
 
     @property
     def ranks(self) -> tuple[int, ...]:

@@ -37,6 +37,9 @@ def make_plan(
         exchange: "auto" lets each branch do what brings the busiest rank fewer bytes; "gather" and "heads" force it.
             One for all branches, or a sequence with one for each.
 
+    Returns:
+        RingPlan, in milliseconds whatever the length.
+
     Raises:
         TypeError, ValueError: an argument of a wrong type or value.
 

@@ -17,7 +17,9 @@ class RowRange(NamedTuple):
         source: the rank that holds them.
         tensor: "keys", and the values beside them; or "queries", where ranks attend whole heads.
         phase: of the heads: where in a segment their grid starts.
-        start, stop, step: positions in the whole sequence, as of ``range``.
+        start: the first position, in the whole sequence.
+        stop: beyond the last one.
+        step: from one to the next, the branch's dilation rate.
         heads: key heads, or query heads.
     """
 

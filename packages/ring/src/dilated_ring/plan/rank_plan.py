@@ -35,8 +35,10 @@ class Segment(NamedTuple):
         crossing: the segment.
         lent: the rank's own rows, one bundle for each rank that attends them.
         gathered: the rows that the rank attends, one bundle for each owner.
-        rows, lanes: of what is gathered; lanes of each block.
-        share, key_blocks: as in the bundles of what it gathers.
+        rows: of what is gathered.
+        lanes: of what is gathered, of each block.
+        share: as in the bundles of what it gathers.
+        key_blocks: the same.
         own: the rank's own rows, of each block.
         whole: the whole segment, of each block.
     """
@@ -53,7 +55,13 @@ class Segment(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A branch that crosses: at one rank, the segments that it shares; none, one, or one at each end of its shard."""
+    """A branch that crosses, as one rank sees it.
+
+    Attributes:
+        branch: which.
+        by_heads: whether ranks attend whole heads; else their own rows, with the keys of all others.
+        segments: those that the rank shares: none, one, or one at each end of its shard.
+    """
 
     branch: Branch
     by_heads: bool
@@ -64,7 +72,8 @@ class RankPlan(NamedTuple):
     """What one rank does.
 
     Attributes:
-        rank, world_size: which, of how many.
+        rank: which.
+        world_size: of how many.
         inner: of each block of heads, the tiles that lie in its shard altogether, rate 1 first.
         routes: of each branch that crosses anywhere; all ranks have the same branches here.
     """

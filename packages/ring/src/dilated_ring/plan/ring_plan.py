@@ -38,7 +38,12 @@ def check_exchange(exchange: object, branches: int) -> tuple[str, ...]:
 
 
 class Peers(NamedTuple):
-    """The ranks that one sends to and receives from in a forward pass, rising; a backward has both for both."""
+    """The ranks that one exchanges rows with, rising.
+
+    Attributes:
+        sends_to: in a forward pass; in a backward, these and those of ``receives_from``.
+        receives_from: in a forward pass; in a backward, the same as it sends to.
+    """
 
     sends_to: tuple[int, ...]
     receives_from: tuple[int, ...]
@@ -50,9 +55,12 @@ class RingPlan:
 
     Attributes:
         bounds: where shards start and end: rank i holds positions bounds[i] to bounds[i + 1].
-        segment_lengths, dilation_rates: the pattern.
-        heads, kv_heads: of query, and of key and value.
-        is_causal, semantics: as in ``dilated_core.dilated_attention``.
+        segment_lengths: the pattern's, in positions of the whole sequence.
+        dilation_rates: the pattern's.
+        heads: of query.
+        kv_heads: of key and value.
+        is_causal: whether a row sees only keys at or before it.
+        semantics: "paper", "torchscale" or "grouped", as in ``dilated_core.dilated_attention``.
         exchanges: how each branch gets its rows: "none", where no segment crosses a bound; "gather", where a rank gets
             the keys and values that its rows attend; "heads", where it gets all rows of some heads, queries too, and
             sends their results back.
@@ -83,11 +91,22 @@ class RingPlan:
         return _branches(self)
 
     def crossings(self, branch: int) -> list[Crossing]:
-        """The segments of a branch that lie on several ranks."""
+        """The segments of a branch that lie on several ranks.
+
+        Args:
+            branch: its number in the pattern.
+        """
         return find_crossings(self.bounds, self.branches[branch], by_heads=self.exchanges[branch] == "heads")
 
     def for_rank(self, rank: int) -> RankPlan:
-        """What one rank is to do."""
+        """What one rank is to do.
+
+        Args:
+            rank: from 0 to world_size - 1.
+
+        Raises:
+            TypeError, ValueError: it is none.
+        """
         self._check("rank", rank, self.world_size)
         routes = []
         for branch in self.branches:
@@ -101,7 +120,7 @@ class RingPlan:
 
     @cached_property
     def key(self) -> tuple[str, str]:
-        """A short name of everything that the plan depends on, the same in every process: a key for a pattern cache."""
+        """A short name of all that the plan depends on, the same in every process, as a key for a pattern cache."""
         sizes = repr([getattr(self, field.name) for field in fields(self)])
         return "dilated_ring.plan", hashlib.sha256(sizes.encode()).hexdigest()[:32]
 
@@ -132,6 +151,9 @@ class RingPlan:
             refetch: whether the backward gathers again what the forward did not keep.
             with_lse: whether the lse is asked for (``return_aux``), whose gradient then travels backward by "heads".
 
+        Returns:
+            Traffic, of every rank and branch.
+
         Raises:
             TypeError, ValueError: an argument of a wrong type or value.
 
@@ -155,7 +177,17 @@ class RingPlan:
         refetch: bool = False,
         with_lse: bool = False,
     ) -> list[list[int]]:
-        """Bytes from every rank (row) to every other (column), of all branches or of one; the rest as of ``bytes``.
+        """Bytes from every rank (row) to every other (column).
+
+        Args:
+            dtype, head_dim, batch, phase, masked, refetch, with_lse: as of ``bytes``.
+            branch: of one branch, by its number; None for all together.
+
+        Returns:
+            ``matrix[source][destination]``, in bytes.
+
+        Raises:
+            TypeError, ValueError: an argument of a wrong type or value.
 
         >>> from dilated_ring import make_plan
         >>> plan = make_plan(8, [4], [1], heads=1, world_size=4, is_causal=True)
@@ -183,6 +215,12 @@ class RingPlan:
     def peers(self, rank: int) -> Peers:
         """Who a rank sends to and receives from.
 
+        Args:
+            rank: from 0 to world_size - 1.
+
+        Raises:
+            TypeError, ValueError: it is none.
+
         >>> from dilated_ring import make_plan
         >>> make_plan(8, [4], [1], heads=1, world_size=4, is_causal=True).peers(1)
         Peers(sends_to=(), receives_from=(0,))
@@ -206,6 +244,12 @@ class RingPlan:
         """Everything that a rank gets from others in a forward pass, as ranges of positions; results left out.
 
         By "gather" that is, for every head, each key that it does not hold and its queries meet in a branch, once.
+
+        Args:
+            rank: from 0 to world_size - 1.
+
+        Raises:
+            TypeError, ValueError: it is none.
 
         >>> from dilated_ring import make_plan
         >>> plan = make_plan(8, [4], [2], heads=2, world_size=4)
@@ -237,6 +281,7 @@ class RingPlan:
         """Draw who sends how much to whom, in all and in each branch, and what each rank receives; a PNG at ``path``.
 
         Args:
+            path: of the PNG file, which is overwritten.
             dtype, head_dim, phase: as of ``bytes``; batch is 1, unmasked, and the backward keeps what it gathered.
 
         Raises:

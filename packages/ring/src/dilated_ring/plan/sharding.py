@@ -11,6 +11,10 @@ from dilated_core import checks
 def even_bounds(length: int, parts: int) -> tuple[int, ...]:
     """``parts + 1`` bounds of shards as equal as can be, the first ones taking one more.
 
+    Args:
+        length: positions of the whole sequence.
+        parts: how many shards.
+
     >>> even_bounds(10, 4)
     (0, 3, 6, 8, 10)
     """
@@ -31,6 +35,10 @@ def even_part(length: int, parts: int, number: int) -> slice:
 
 def check_bounds(bounds: Sequence[int], world_size: int | None = None) -> tuple[int, ...]:
     """Return where shards start and end, as a tuple: ``world_size + 1`` positions that rise from 0.
+
+    Args:
+        bounds: the positions; shards may be empty.
+        world_size: how many ranks there are; None where any number fits.
 
     Raises:
         TypeError, ValueError: they are not.

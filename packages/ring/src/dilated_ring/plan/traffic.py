@@ -21,7 +21,8 @@ class Traffic:
     """Bytes that ranks receive from and send to others. What a rank keeps for itself is in neither.
 
     Attributes:
-        received, sent: ``received[rank][branch]``.
+        received: ``received[rank][branch]``, in bytes.
+        sent: ``sent[rank][branch]``, in bytes.
 
     >>> from dilated_ring import make_plan
     >>> plan = make_plan(1 << 20, [1024, 1 << 20], [1, 16], heads=16, world_size=8)
@@ -37,7 +38,7 @@ class Traffic:
     sent: tuple[tuple[int, ...], ...]
 
     def of(self, rank: int) -> int:
-        """Bytes that the rank receives."""
+        """Bytes that the rank receives, of all branches."""
         return sum(self.received[rank])
 
     @property

@@ -23,7 +23,7 @@ from torch import Tensor
 from dilated_core.kernels import Needs, Problem, choose, rows_for_backward, tile_backward
 from dilated_core.partial import accumulation_dtype
 from dilated_core.resources import OF_QKV, BufferKind, Resources
-from dilated_core.tiles import add_tile, attend_tile, make_problem, merge_tile
+from dilated_core.tiles import add_tile, attend_tile, last_stride_1, make_problem, merge_tile
 from dilated_ring.plan import even_bounds
 from dilated_ring.streaming.sources import Source
 from dilated_ring.streaming.staging import chunks_on
@@ -147,7 +147,7 @@ def _longest(length: int, ring_size: int) -> int:
 def _rows(tensor: Tensor, chunk: slice) -> Tensor:
     """A chunk of (batch, seq, heads, head_dim) as kernels take it: (batch, heads, rows, head_dim), last stride 1."""
     part = tensor[:, chunk]
-    return (part if part.stride(-1) == 1 else part.contiguous()).transpose(1, 2)
+    return last_stride_1(part).transpose(1, 2)
 
 
 def _each_tile(query: Tensor, sources: list[Source], real: Tensor | None, options: Options, work: Work) -> None:

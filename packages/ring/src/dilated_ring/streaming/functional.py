@@ -75,6 +75,9 @@ def streamed_attention(
     On CUDA a chunk is copied through pinned memory while the one before it is attended; not yet measured on a GPU.
     There two chunks of keys are on the device at once, from ring_size 2 on. On the CPU, chunks of tensors are views.
 
+    In half precision the gradients of key and value are summed in host memory in float32. Under torch.compile the call
+    is a graph break, and with fullgraph=True an error that says so.
+
     Args:
         query: (batch, seq, heads, head_dim), float64, float32, bfloat16 or float16, on the CPU or a CUDA device. Under
             autocast, float32 inputs are cast to autocast's dtype, keys and values a chunk at a time.
@@ -88,15 +91,13 @@ def streamed_attention(
         scale: factor on the scores, 1 / sqrt(head_dim) by default.
         key_padding_mask: (batch, kv_seq), bool, on the CPU or query's device, True where the key is real. What padding
             of keys holds, even NaN, has no influence. With is_causal: both.
+        enable_gqa: whether query heads may share key heads, see ``key``.
         kernel: a name from ``dilated_core.kernels.table()``, or "auto" for the first that can run.
         return_aux: ``AuxRequest(lse=True)`` to have the lse too.
         progress: called as ``progress(done, total)`` after each tile (a chunk of queries meets a chunk of keys), on
             CUDA when its work is launched; in the backward again from 1. An exception from it ends the attention.
         allocator: where results, gradients, sums and device buffers are allocated, by kind where it is a BufferManager;
             torch.empty by default. Pinned memory is always torch's.
-
-    In half precision the gradients of key and value are summed in host memory in float32. Under torch.compile the call
-    is a graph break, and with fullgraph=True an error that says so.
 
     Returns:
         Output like query, 0 in a row with no key; with ``return_aux``, a pair of it and an AuxOutput.

@@ -17,7 +17,14 @@ Pass = Literal["forward", "grad_query", "grad_key_value"]
 
 
 class Blocks(NamedTuple):
-    """Attributes: rows: of a tile; others: walked at a time; warps: of a program; stages: of its software pipeline."""
+    """Block sizes of a program.
+
+    Attributes:
+        rows: of a tile.
+        others: rows walked at a time.
+        warps: of a program.
+        stages: of its software pipeline.
+    """
 
     rows: int
     others: int

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from functools import cache, lru_cache
 from importlib.util import find_spec
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from dilated_core.kernels.triton import launch
 from dilated_core.kernels.triton.launch import Work
 from dilated_core.kernels.triton.schedule import INT32_MAX, Branches, Tables, make_tables
 from dilated_core.partial import merge_stack
+from dilated_core.resources import PatternStore
 
 MAX_HEAD_DIM = 256
 # Positions are 32-bit numbers, with room for one above them all.
@@ -52,13 +53,6 @@ class Attention(NamedTuple):
     is_causal: bool
     scale: float
     torchscale: bool
-
-
-class Store(Protocol):
-    """Where tables are kept between calls."""
-
-    def get_or_create(self, key: Hashable, create: Callable[[], Tables]) -> Tables:
-        """Return what is kept under ``key``, or keep and return ``create()``."""
 
 
 class Triton:
@@ -123,14 +117,14 @@ class Triton:
         grad_query, grad_key, grad_value = (grad.transpose(1, 2) for grad in grads)
         return grad_query, grad_key, grad_value
 
-    def attend(self, attention: Attention, store: Store | None, out: Tensor, lse: Tensor) -> None:
+    def attend(self, attention: Attention, store: PatternStore | None, out: Tensor, lse: Tensor) -> None:
         """Write the whole attention's out, like query, and lse, (batch, heads, seq) float32."""
         launch.forward(_whole_work(attention, store), out, lse)
 
     def differentiate(
         self,
         attention: Attention,
-        store: Store | None,
+        store: PatternStore | None,
         grad_out: Tensor,
         grad_lse: Tensor | None,
         out: Tensor,
@@ -160,7 +154,7 @@ def _processors(device: torch.device) -> int:
 
 def _check_length(tokens: int) -> None:
     if tokens > MAX_TOKENS:
-        raise ValueError(f'kernel: "triton" takes at most {MAX_TOKENS} tokens, got {tokens}')
+        raise ValueError(f'query: expected at most {MAX_TOKENS} tokens for kernel="triton", got {tokens}')
 
 
 def _tile_work(problem: Problem) -> Work:
@@ -174,7 +168,7 @@ def _tile_work(problem: Problem) -> Work:
     return Work(query, key, value, problem.real, tables, problem.is_causal, problem.scale)
 
 
-def _whole_work(attention: Attention, store: Store | None) -> Work:
+def _whole_work(attention: Attention, store: PatternStore | None) -> Work:
     query, key, value, real, branches, bounds, is_causal, scale, torchscale = attention
     _check_length(query.shape[1])
     if real is not None:
@@ -186,7 +180,7 @@ def _whole_work(attention: Attention, store: Store | None) -> Work:
 
 
 def _tables(
-    branches: Branches, bounds: tuple[tuple[int, int], ...], device: torch.device, store: Store | None
+    branches: Branches, bounds: tuple[tuple[int, int], ...], device: torch.device, store: PatternStore | None
 ) -> Tables:
     """Tables from the store, or else those of the latest few calls."""
     if store is None:

@@ -28,7 +28,15 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 class Trial(NamedTuple):
-    """Attributes: seconds: the median; None where the blocks do not fit, and ``why`` says so."""
+    """One choice of block sizes, as timed.
+
+    Attributes:
+        which: the program.
+        head_dim, dtype: what it was timed for.
+        blocks: the choice.
+        seconds: the median; None where the blocks do not fit.
+        why: they do not.
+    """
 
     which: Pass
     head_dim: int
