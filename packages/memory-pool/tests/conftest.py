@@ -79,6 +79,23 @@ def make_on_host(request: pytest.FixtureRequest) -> MakePool:
     return partial(make_pool, HostBackend, request.param)
 
 
+@pytest.fixture(params=["cupy", "torch"])
+def make_on_gpu(request: pytest.FixtureRequest) -> Iterator[MakePool]:
+    """Makes pools of a real device's memory. For tests marked gpu."""
+    if request.param == "cupy":
+        pytest.importorskip("cupy")
+    torch.cuda.init()
+    yield lambda **options: MemoryPool(request.param, min_bytes=0, **options)
+    torch.cuda.synchronize()
+
+
+@pytest.fixture
+def pinned() -> Iterator[MemoryPool]:
+    """A pool of page-locked memory. For tests marked gpu."""
+    yield MemoryPool("pinned", min_bytes=0)
+    torch.cuda.synchronize()
+
+
 @pytest.fixture
 def no_gc() -> Iterator[None]:
     """Nothing is collected but by ``gc.collect()``, which is quick: what exists now it need not walk."""

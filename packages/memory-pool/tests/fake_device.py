@@ -119,7 +119,7 @@ class FakeDevice:
 
     def handle(self, stream: object) -> int:
         if not isinstance(stream, int) or isinstance(stream, bool):
-            raise TypeError(f"stream must be a number, got {stream!r}")
+            raise TypeError(f"stream: expected a number, got {stream!r}")
         return stream
 
     def record(self, stream: int) -> FakeEvent:

@@ -15,7 +15,14 @@ import dilated_memory_pool
 from dilated_memory_pool.backends import Backend, Memory
 
 _SOURCE = Path(dilated_memory_pool.__file__).parent
-_STRUCK = ("heap.py", "placement/spans.py", "placement/bins.py", "placement/best_fit.py", "interop/torch.py")
+_STRUCK = (
+    "heap.py",
+    "ledger.py",
+    "placement/spans.py",
+    "placement/bins.py",
+    "placement/best_fit.py",
+    "interop/torch.py",
+)
 _FINALISER = "__del__"  # CPython swallows what is raised there: no program can clean up after it
 _FILES = {str(_SOURCE / name) for name in _STRUCK}
 

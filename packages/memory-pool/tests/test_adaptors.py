@@ -87,7 +87,7 @@ class TestEvery:
         assert pool.allocate(10_000).address == address
 
     def test_refuses_an_upstream_that_is_none(self, make, host):
-        with pytest.raises(TypeError, match="upstream must be a backend or an adaptor, got 'host'"):
+        with pytest.raises(TypeError, match="upstream: expected a backend or an adaptor, got 'host'"):
             make("host")
 
 
@@ -327,11 +327,11 @@ def test_a_fraction_of_the_pool_is_a_fraction_of_the_budget(host):
 @pytest.mark.parametrize(
     ("limit", "error", "message"),
     [
-        (None, TypeError, "limit must be a number of bytes, text such as '2GiB' or a fraction, got None"),
-        (1.5, ValueError, r"limit as a fraction must lie in \(0, 1\], got 1.5"),
-        ("much", ValueError, "limit must read like '4096', '64MiB' or '1.5GB', got 'much'"),
-        (Fraction(1, 2), TypeError, "limit must be a number of bytes"),
-        (-1, ValueError, "limit must not be negative, got -1"),
+        (None, TypeError, "limit: expected a number of bytes, text such as '2GiB' or a fraction, got None"),
+        (1.5, ValueError, r"limit: expected a fraction in \(0, 1\], got 1.5"),
+        ("much", ValueError, "limit: expected text like '4096', '64MiB' or '1.5GB', got 'much'"),
+        (Fraction(1, 2), TypeError, "limit: expected a number of bytes"),
+        (-1, ValueError, "limit: expected at least 0, got -1"),
     ],
 )
 def test_a_limit_that_is_none_is_refused(host, limit, error, message):
@@ -405,7 +405,7 @@ def test_other_errors_are_not_the_callbacks_business(host):
 
 
 def test_a_callback_must_be_callable(host):
-    with pytest.raises(TypeError, match=r"callback must be callable with \(nbytes, error\), got 3"):
+    with pytest.raises(TypeError, match=r"callback: expected a callable with \(nbytes, error\), got 3"):
         FailureCallbackAdaptor(host, 3)
 
 
@@ -471,9 +471,9 @@ def test_any_other_error_passes_through_a_pool_that_is_as_before(host, mode, err
 @pytest.mark.parametrize(
     ("fail", "error", "message"),
     [
-        (3, MemoryError, r"fail must be a set of call numbers or callable with \(number, nbytes\), got 3"),
-        ({1}, "MemoryError", "error must be a type of exception, got 'MemoryError'"),
-        ({1}, int, "error must be a type of exception, got <class 'int'>"),
+        (3, MemoryError, r"fail: expected a set of call numbers or a callable with \(number, nbytes\), got 3"),
+        ({1}, "MemoryError", "error: expected a type of exception, got 'MemoryError'"),
+        ({1}, int, "error: expected a type of exception, got <class 'int'>"),
     ],
 )
 def test_arguments_of_the_wrong_kind_are_refused(host, fail, error, message):

@@ -23,49 +23,49 @@ class NoSizeClasses:
 
 # (arguments, the error, its message from the start)
 CONSTRUCTOR: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "mode": ({"mode": "fast"}, ValueError, "mode must be 'lightweight' or 'full', got 'fast'"),
-    "mode-none": ({"mode": None}, ValueError, "mode must be 'lightweight' or 'full', got None"),
-    "backend": ({"backend": "gpu"}, ValueError, "backend must be one of ['auto', 'host', 'pinned', 'cupy', 'torch']"),
+    "mode": ({"mode": "fast"}, ValueError, "mode: expected 'lightweight' or 'full', got 'fast'"),
+    "mode-none": ({"mode": None}, ValueError, "mode: expected 'lightweight' or 'full', got None"),
+    "backend": ({"backend": "gpu"}, ValueError, "backend: expected one of ['auto', 'host', 'pinned', 'cupy', 'torch']"),
     "observers": (
         {"mode": "lightweight", "observers": [ignore]},
         ValueError,
-        "observers are told nothing in lightweight mode",
+        "observers: expected none in lightweight mode",
     ),
     "arena-bytes": (
         {"mode": "lightweight", "arena_bytes": "1MiB"},
         ValueError,
-        "arena_bytes has no effect in lightweight mode",
+        "arena_bytes: expected None in lightweight mode",
     ),
     "arena-bytes-negative": (
         {"mode": "full", "arena_bytes": -1},
         ValueError,
-        "arena_bytes must not be negative, got -1",
+        "arena_bytes: expected at least 0, got -1",
     ),
     "arena-bytes-type": (
         {"mode": "full", "arena_bytes": 1.5},
         TypeError,
-        "arena_bytes must be a number of bytes or text such as '2GiB', got 1.5",
+        "arena_bytes: expected a number of bytes or text such as '2GiB', got 1.5",
     ),
-    "streams": ({"strict_streams": True}, ValueError, "strict_streams has no effect: the host backend has no streams"),
-    "device": ({"device": 0}, ValueError, "device names a CUDA device and this pool's memory is the host's"),
-    "limit-fraction": ({"limit": 1.5}, ValueError, "limit as a fraction must lie in (0, 1], got 1.5"),
-    "limit-no-fraction": ({"limit": 0.0}, ValueError, "limit as a fraction must lie in (0, 1], got 0.0"),
-    "limit-negative": ({"limit": -1}, ValueError, "limit must not be negative, got -1"),
-    "limit-text": ({"limit": "lots"}, ValueError, "limit must read like '4096', '64MiB' or '1.5GB', got 'lots'"),
-    "limit-unit": ({"limit": "3 parsecs"}, ValueError, "limit must read like '4096', '64MiB' or '1.5GB'"),
-    "limit-type": ({"limit": [1]}, TypeError, "limit must be a number of bytes or text such as '2GiB', got [1]"),
-    "min-bytes-negative": ({"min_bytes": -1}, ValueError, "min_bytes must not be negative, got -1"),
-    "min-bytes-bool": ({"min_bytes": True}, TypeError, "min_bytes must be a number of bytes or text"),
-    "min-bytes-none": ({"min_bytes": None}, TypeError, "min_bytes must be a number of bytes or text"),
-    "classes-name": ({"size_classes": "fibonacci"}, ValueError, "size_classes must be one of ['exact', 'geometric'"),
-    "classes-empty": ({"size_classes": []}, ValueError, "size_classes must be one or more positive sizes, got ()"),
-    "classes-zero": ({"size_classes": [0, 4096]}, ValueError, "size_classes must be one or more positive sizes"),
-    "classes-negative": ({"size_classes": [-1]}, ValueError, "size_classes must not be negative, got -1"),
-    "classes-type": ({"size_classes": [1.5]}, TypeError, "size_classes must be a number of bytes or text"),
+    "streams": ({"strict_streams": True}, ValueError, "strict_streams: expected False, as the host"),
+    "device": ({"device": 0}, ValueError, "device: expected None for memory of the host, got 0"),
+    "limit-fraction": ({"limit": 1.5}, ValueError, "limit: expected a fraction in (0, 1], got 1.5"),
+    "limit-no-fraction": ({"limit": 0.0}, ValueError, "limit: expected a fraction in (0, 1], got 0.0"),
+    "limit-negative": ({"limit": -1}, ValueError, "limit: expected at least 0, got -1"),
+    "limit-text": ({"limit": "lots"}, ValueError, "limit: expected text like '4096', '64MiB' or '1.5GB', got 'lots'"),
+    "limit-unit": ({"limit": "3 parsecs"}, ValueError, "limit: expected text like '4096', '64MiB' or '1.5GB'"),
+    "limit-type": ({"limit": [1]}, TypeError, "limit: expected a number of bytes or text such as '2GiB', got [1]"),
+    "min-bytes-negative": ({"min_bytes": -1}, ValueError, "min_bytes: expected at least 0, got -1"),
+    "min-bytes-bool": ({"min_bytes": True}, TypeError, "min_bytes: expected a number of bytes or text"),
+    "min-bytes-none": ({"min_bytes": None}, TypeError, "min_bytes: expected a number of bytes or text"),
+    "classes-name": ({"size_classes": "fibonacci"}, ValueError, "size_classes: expected one of ['exact', 'geometric'"),
+    "classes-empty": ({"size_classes": []}, ValueError, "size_classes: expected one or more positive sizes, got ()"),
+    "classes-zero": ({"size_classes": [0, 4096]}, ValueError, "size_classes: expected one or more positive sizes"),
+    "classes-negative": ({"size_classes": [-1]}, ValueError, "size_classes: expected at least 0, got -1"),
+    "classes-type": ({"size_classes": [1.5]}, TypeError, "size_classes: expected a number of bytes or text"),
     "classes-object": (
         {"size_classes": NoSizeClasses()},
         TypeError,
-        "size_classes must be a name, a list of bins or have a round_up method",
+        "size_classes: expected a name, bins or an object with round_up",
     ),
 }
 
@@ -78,21 +78,21 @@ def test_the_constructor_says_what_is_wrong(options: dict[str, Any], kind: type[
 
 
 def test_device_beside_a_backend_object_is_refused() -> None:
-    with pytest.raises(ValueError, match="device belongs to a backend given by name, got device=0 beside"):
+    with pytest.raises(ValueError, match="device: expected None beside a backend object, got 0 beside"):
         MemoryPool(FakeBackend(FakeDevice()), device=0)
 
 
 METHODS: dict[str, tuple[Callable[[MemoryPool], Any], type[Exception], str]] = {
-    "allocate-negative": (lambda pool: pool.allocate(-1), ValueError, "nbytes must not be negative, got -1"),
-    "allocate-float": (lambda pool: pool.allocate(1.5), TypeError, "nbytes must be a number of bytes or text"),  # type: ignore[arg-type]
-    "allocate-text": (lambda pool: pool.allocate("much"), ValueError, "nbytes must read like"),
-    "reserve-negative": (lambda pool: pool.reserve(-1), ValueError, "nbytes must not be negative, got -1"),
-    "reserve-text": (lambda pool: pool.reserve("1 GiBB"), ValueError, "nbytes must read like"),
-    "trim-negative": (lambda pool: pool.trim(-1), ValueError, "keep_bytes must not be negative, got -1"),
-    "trim-none": (lambda pool: pool.trim(None), TypeError, "keep_bytes must be a number of bytes or text"),  # type: ignore[arg-type]
-    "limit-negative": (lambda pool: pool.set_limit(-1), ValueError, "limit must not be negative, got -1"),
-    "limit-fraction": (lambda pool: pool.set_limit(2.0), ValueError, "limit as a fraction must lie in (0, 1], got 2.0"),
-    "owns": (lambda pool: pool.owns("text"), TypeError, "expected a tensor or a block, got str"),  # type: ignore[arg-type]
+    "allocate-negative": (lambda pool: pool.allocate(-1), ValueError, "nbytes: expected at least 0, got -1"),
+    "allocate-float": (lambda pool: pool.allocate(1.5), TypeError, "nbytes: expected a number of bytes or text"),  # type: ignore[arg-type]
+    "allocate-text": (lambda pool: pool.allocate("much"), ValueError, "nbytes: expected text like"),
+    "reserve-negative": (lambda pool: pool.reserve(-1), ValueError, "nbytes: expected at least 0, got -1"),
+    "reserve-text": (lambda pool: pool.reserve("1 GiBB"), ValueError, "nbytes: expected text like"),
+    "trim-negative": (lambda pool: pool.trim(-1), ValueError, "keep_bytes: expected at least 0, got -1"),
+    "trim-none": (lambda pool: pool.trim(None), TypeError, "keep_bytes: expected a number of bytes or text"),  # type: ignore[arg-type]
+    "limit-negative": (lambda pool: pool.set_limit(-1), ValueError, "limit: expected at least 0, got -1"),
+    "limit-fraction": (lambda pool: pool.set_limit(2.0), ValueError, "limit: expected a fraction in (0, 1], got 2.0"),
+    "owns": (lambda pool: pool.owns("text"), TypeError, "owner: expected a tensor or a block, got str"),  # type: ignore[arg-type]
     "stream": (
         lambda pool: pool.record_stream(pool.allocate(1), 0),
         ValueError,
@@ -114,7 +114,7 @@ def test_the_methods_say_what_is_wrong(
 
 def test_record_stream_refuses_memory_of_others_and_what_is_no_stream(make_on_host: MakePool) -> None:
     pool = MemoryPool(FakeBackend(FakeDevice()))
-    with pytest.raises(ValueError, match="record_stream was given memory that is not of this pool"):
+    with pytest.raises(ValueError, match="owner: expected memory of this pool, got other"):
         pool.record_stream(make_on_host().allocate(1), 1)
     with pytest.raises(TypeError):
         pool.record_stream(pool.allocate(1), "text")

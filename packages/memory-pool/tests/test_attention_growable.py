@@ -185,10 +185,10 @@ def test_threads_that_append_lose_no_row_and_mix_none() -> None:
 @pytest.mark.parametrize(
     ("rows", "error", "message"),
     [
-        ([[1.0, 2.0]], TypeError, "rows must be a tensor, got list"),
+        ([[1.0, 2.0]], TypeError, "rows: expected a tensor, got list"),
         (torch.ones(2), ValueError, r"the shape \(n, 2\), got \(2,\)"),
         (torch.ones(1, 3), ValueError, r"the shape \(n, 2\), got \(1, 3\)"),
-        (torch.ones(1, 2, dtype=torch.float64), ValueError, "must be torch.float32 on cpu, got torch.float64 on cpu"),
+        (torch.ones(1, 2, dtype=torch.float64), ValueError, "rows: expected torch.float32 on cpu, got torch.float64"),
         (torch.ones(1, 2, device="meta"), ValueError, "got torch.float32 on meta"),
         (torch.ones(1, 2, requires_grad=True), ValueError, r"append rows.detach\(\)"),
     ],
@@ -203,14 +203,14 @@ def test_rows_that_do_not_fit_are_refused(rows: Any, error: type[Exception], mes
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"shape_of_row": (2, -1)}, ValueError, "shape_of_row must not be negative"),
-        ({"shape_of_row": (2.0,)}, TypeError, "shape_of_row must be a whole number"),
-        ({"shape_of_row": 2}, TypeError, "shape_of_row must be whole numbers"),
-        ({"dim": 2}, ValueError, r"dim must lie in \[-2, 1\] for rows of \(2,\), got 2"),
-        ({"dim": 0.0}, TypeError, "dim must be a whole number"),
-        ({"capacity": -1}, ValueError, "capacity must not be negative"),
-        ({"capacity": "many"}, TypeError, "capacity must be a whole number"),
-        ({"dtype": "float"}, TypeError, "dtype must be a torch.dtype, got 'float'"),
+        ({"row_shape": (2, -1)}, ValueError, "row_shape: expected at least 0"),
+        ({"row_shape": (2.0,)}, TypeError, "row_shape: expected a whole number"),
+        ({"row_shape": 2}, TypeError, "row_shape: expected a sequence of whole numbers"),
+        ({"dim": 2}, ValueError, r"dim: expected one in \[-2, 1\] for rows of \(2,\), got 2"),
+        ({"dim": 0.0}, TypeError, "dim: expected a whole number"),
+        ({"capacity": -1}, ValueError, "capacity: expected at least 0"),
+        ({"capacity": "many"}, TypeError, "capacity: expected a whole number"),
+        ({"dtype": "float"}, TypeError, "dtype: expected a torch.dtype, got 'float'"),
         ({"kind": "query"}, ValueError, r"policy has growth, \['cache'\] here, got 'query'"),
     ],
 )
@@ -218,14 +218,14 @@ def test_arguments_that_mean_nothing_are_refused(
     arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        make().growable(**{"shape_of_row": (2,), **arguments})
+        make().growable(**{"row_shape": (2,), **arguments})
 
 
 def test_only_rows_that_are_there_can_be_kept() -> None:
     buffer = make().growable((2,), capacity=4)
     buffer.append(torch.ones(2, 2))
     for length in (-1, 3):
-        with pytest.raises(ValueError, match=r"length must lie in \[0, 2\]"):
+        with pytest.raises(ValueError, match=r"length: expected one in \[0, 2\]"):
             buffer.truncate(length)
 
 

@@ -228,8 +228,8 @@ def test_under_compile_it_is_made_within_the_graph(manager: AttentionBufferManag
 @pytest.mark.parametrize(
     ("create", "error", "message"),
     [
-        (lambda empty: [1, 2], TypeError, "create must return a dense tensor, got \\[1, 2\\]"),
-        (lambda empty: torch.eye(3).to_sparse(), TypeError, "create must return a dense tensor"),
+        (lambda empty: [1, 2], TypeError, "a dense tensor, got one that returns \\[1, 2\\]"),
+        (lambda empty: torch.eye(3).to_sparse(), TypeError, "create: expected a function that returns a dense tensor"),
         (lambda empty: torch.nn.Parameter(torch.ones(3)), ValueError, "return tensor.detach()"),
     ],
 )
@@ -241,7 +241,7 @@ def test_what_cannot_be_shared_is_refused(
 
 
 def test_a_key_must_be_hashable_and_a_kind_must_share(manager: AttentionBufferManager) -> None:
-    with pytest.raises(TypeError, match="key must be hashable, got \\[1\\]"):
+    with pytest.raises(TypeError, match="key: expected a hashable one, got \\[1\\]"):
         manager.shared([1], causal)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"shared=True, \['mask'\] here, got 'query'"):
         manager.shared("key", causal, kind="query")

@@ -180,7 +180,7 @@ def test_a_backend_object_is_taken_as_it_is() -> None:
 
 
 def test_a_backend_object_has_its_device_already() -> None:
-    with pytest.raises(ValueError, match="device belongs to a backend given by name, got device=0 beside"):
+    with pytest.raises(ValueError, match="device: expected None beside a backend object, got 0 beside"):
         MemoryPool(FakeBackend(FakeDevice()), device=0)
 
 
@@ -192,7 +192,7 @@ def test_an_unknown_name_is_an_error_that_tells_the_known_ones() -> None:
 @pytest.mark.usefixtures("no_cupy", "no_torch")
 @pytest.mark.parametrize("backend", ["auto", "host"])
 def test_the_host_has_no_device_to_choose(backend: str) -> None:
-    with pytest.raises(ValueError, match="this pool's memory is the host's, got device=0"):
+    with pytest.raises(ValueError, match="device: expected None for memory of the host, got 0"):
         MemoryPool(backend, device=0)
 
 
@@ -258,7 +258,7 @@ def test_cupy_with_a_driver_and_no_device_says_so(cupy: StandIn) -> None:
     ("device", "error"), [(2, ValueError), (-1, ValueError), (True, TypeError), ("cuda:0", TypeError)]
 )
 def test_a_device_that_is_none_is_an_error(cupy: StandIn, device: Any, error: type[Exception]) -> None:
-    with pytest.raises(error, match=rf"device must be .*, got {device!r}"):
+    with pytest.raises(error, match=rf"device: expected .*, got {device!r}"):
         MemoryPool("cupy", device=device)
 
 
@@ -304,17 +304,17 @@ def test_every_kind_of_stream_has_its_handle(stream: object, handle: int) -> Non
     "stream", [None, True, 1.0, "0", SimpleNamespace(ptr=5), SimpleNamespace(cuda_stream=None)], ids=repr
 )
 def test_what_is_no_stream_is_an_error(stream: object) -> None:
-    with pytest.raises(TypeError, match=r"stream must be a torch.cuda.Stream, .* or a handle, got"):
+    with pytest.raises(TypeError, match=r"stream: expected a torch.cuda.Stream, .* or a handle, got"):
         handle_of(stream)
 
 
 def test_a_negative_handle_is_an_error() -> None:
-    with pytest.raises(ValueError, match="the handle of a stream cannot be negative, got -1"):
+    with pytest.raises(ValueError, match="stream: expected a handle of at least 0, got -1"):
         handle_of(-1)
 
 
 def test_the_per_thread_default_stream_is_refused() -> None:
-    with pytest.raises(ValueError, match="the per-thread default stream is another one in every thread"):
+    with pytest.raises(ValueError, match="stream: expected one stream, got the per-thread default stream"):
         handle_of(2)
 
 
@@ -341,7 +341,7 @@ def test_a_stream_that_was_named_stays_alive() -> None:
 def test_a_stream_of_another_device_is_refused(stream: object) -> None:
     kept: dict[int, object] = {}
     assert cuda_streams.keep(stream, kept, 1) == 77
-    with pytest.raises(ValueError, match="stream must be one of cuda:0, where the memory is, got one of cuda:1"):
+    with pytest.raises(ValueError, match="stream: expected one of cuda:0, where the memory is, got one of cuda:1"):
         cuda_streams.keep(stream, kept, 0)
 
 

@@ -39,6 +39,7 @@ def _run(name: str, folder: Path, device: str = "cpu") -> dict[str, Any]:
     page = path.with_suffix(".md").read_text().splitlines()
     tables = [value for value in results.values() if isinstance(value, list)]
     assert sum(line.startswith("| ") for line in page) == sum(len(rows) + 1 for rows in tables)  # and a header each
+    assert page[-1].startswith(f"Raw data: [{path.name}]({path.name}). Command, from the repository's root: `python ")
     assert all(row["checked"] for rows in tables for row in rows)
     assert {"date", "torch", "processor", "cores", "kernel", "libc", "transparent_huge_pages"} <= set(
         results["environment"]

@@ -284,13 +284,13 @@ def test_memory_that_is_not_mapped_is_refused_in_silence(capfd: pytest.CaptureFi
 
 @pytest.mark.parametrize("node", [-1, 1, 7])
 def test_an_unknown_node_is_an_error(node: int) -> None:
-    with pytest.raises(ValueError, match=rf"NUMA node {node} is unknown: the nodes with memory are \(0,\)"):
+    with pytest.raises(ValueError, match=rf"node: expected one with memory, of \(0,\), got {node}"):
         Numa(ONE_NODE).bind(0, PAGE, node)
 
 
 @pytest.mark.parametrize(("address", "nbytes"), [(-PAGE, PAGE), (PAGE, -1)])
 def test_a_negative_range_is_an_error(address: int, nbytes: int) -> None:
-    with pytest.raises(ValueError, match=f"got address={address}, nbytes={nbytes}"):
+    with pytest.raises(ValueError, match=f"address, nbytes: expected at least 0, got {address}, {nbytes}"):
         Numa(ONE_NODE).bind(address, nbytes, 0)
 
 

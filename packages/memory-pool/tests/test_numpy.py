@@ -83,14 +83,14 @@ def test_shapes_mean_what_they_mean_to_numpy(make_on_host: Callable[..., MemoryP
 
 
 NO_SHAPES = {
-    "negative": ((3, -1), "f4", ValueError, r"shape must not be negative, got \(3, -1\)"),
-    "two-negative": ((-3, -1), "f4", ValueError, r"shape must not be negative, got \(-3, -1\)"),
-    "float": (2.0, "f4", TypeError, r"shape must be an int or a sequence of ints, got 2\.0"),
-    "text": ("ab", "f4", TypeError, "shape must be an int or a sequence of ints, got 'ab'"),
-    "nothing": (None, "f4", TypeError, "shape must be an int or a sequence of ints, got None"),
+    "negative": ((3, -1), "f4", ValueError, r"shape: expected no negative length, got \(3, -1\)"),
+    "two-negative": ((-3, -1), "f4", ValueError, r"shape: expected no negative length, got \(-3, -1\)"),
+    "float": (2.0, "f4", TypeError, r"shape: expected an int or a sequence of ints, got 2\.0"),
+    "text": ("ab", "f4", TypeError, "shape: expected an int or a sequence of ints, got 'ab'"),
+    "nothing": (None, "f4", TypeError, "shape: expected an int or a sequence of ints, got None"),
     "dimensions": ((1,) * 70, "f4", ValueError, "dimension"),
     "huge": ((2**40, 2**40), "f4", MemoryError, "requested"),
-    "objects": (3, object, TypeError, "dtype must be one that plain memory can hold, got dtype"),
+    "objects": (3, object, TypeError, "dtype: expected one that plain memory can hold, got dtype"),
     "no-type": (3, "no type", TypeError, "no type"),
 }
 
@@ -109,7 +109,7 @@ def test_what_is_no_shape_or_type_is_an_error_that_says_so(
 
 def test_memory_that_the_host_cannot_address_is_refused() -> None:
     pool = MemoryPool(FakeBackend(FakeDevice(), addressable=False))
-    with pytest.raises(ValueError, match="needs memory that the host can address, got a pool on cpu"):
+    with pytest.raises(ValueError, match="pool: expected one of memory that the host can address, got one on cpu"):
         empty(pool, 3)
 
 

@@ -436,7 +436,7 @@ def test_reading_says_which_line_is_not_of_a_log(tmp_path, text, message):
 
 
 def test_a_log_wants_a_path_or_a_file():
-    with pytest.raises(TypeError, match="path_or_file must be a path or a text file open for writing, got 3"):
+    with pytest.raises(TypeError, match="path_or_file: expected a path or a text file open for writing, got 3"):
         JsonLinesLog(3)
 
 
@@ -550,7 +550,7 @@ def test_a_stack_has_no_more_frames_than_asked_for():
 
 @pytest.mark.parametrize("depth", [0, -1, 1.5, "16"])
 def test_a_depth_is_a_positive_whole_number(depth):
-    with pytest.raises(ValueError, match="depth must be a positive whole number of frames, got"):
+    with pytest.raises(ValueError, match="depth: expected a positive whole number of frames, got"):
         LeakTracker(depth)
 
 

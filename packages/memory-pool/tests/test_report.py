@@ -119,7 +119,7 @@ def test_plain_data_goes_through_json_unchanged():
 
 @pytest.mark.parametrize("report", [table, to_json, lambda pool: picture(pool, "never.png")])
 def test_what_is_no_pool_is_refused(report):
-    with pytest.raises(TypeError, match="pool must be a MemoryPool or a PoolSnapshot, got dict"):
+    with pytest.raises(TypeError, match="pool: expected a MemoryPool or a PoolSnapshot, got dict"):
         report({})
 
 

@@ -56,7 +56,7 @@ def test_two_managers_on_one_backend_do_not_hide_each_other() -> None:
 
 
 def test_a_limit_beside_a_shared_backend_is_refused() -> None:
-    with pytest.raises(ValueError, match="limit must be None beside a SharedBackend"):
+    with pytest.raises(ValueError, match="limit: expected None beside a SharedBackend"):
         AttentionBufferManager(SharedBackend(HostBackend(), None), limit="1GiB")
 
 

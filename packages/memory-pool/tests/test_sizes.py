@@ -47,13 +47,13 @@ def test_bytes_are_parsed(value: int | str, nbytes: int) -> None:
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        (-1, ValueError, "size must not be negative, got -1"),
-        ("-1", ValueError, "size must read like '4096', '64MiB' or '1.5GB', got '-1'"),
-        ("", ValueError, "size must read like"),
-        ("MiB", ValueError, "size must read like"),
-        ("1 furlong", ValueError, "size must read like"),
-        ("1e9", ValueError, "size must read like"),
-        (1.5, TypeError, "size must be a number of bytes or text such as '2GiB', got 1.5"),
+        (-1, ValueError, "size: expected at least 0, got -1"),
+        ("-1", ValueError, "size: expected text like '4096', '64MiB' or '1.5GB', got '-1'"),
+        ("", ValueError, "size: expected text like"),
+        ("MiB", ValueError, "size: expected text like"),
+        ("1 furlong", ValueError, "size: expected text like"),
+        ("1e9", ValueError, "size: expected text like"),
+        (1.5, TypeError, "size: expected a number of bytes or text such as '2GiB', got 1.5"),
         (True, TypeError, "got True"),
         (None, TypeError, "got None"),
     ],
@@ -73,13 +73,13 @@ def test_limits_are_bytes_or_fractions() -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, -0.5, 1.5, float("nan"), float("inf")])
 def test_a_fraction_lies_within_one(fraction: float) -> None:
-    with pytest.raises(ValueError, match=r"limit as a fraction must lie in \(0, 1\], got .*; give bytes as an int"):
+    with pytest.raises(ValueError, match=r"limit: expected a fraction in \(0, 1\], got .*; give bytes as an int"):
         parse_limit(fraction, 1000)
 
 
 @pytest.mark.parametrize("value", [[], True, Fraction(1, 2)])
 def test_what_is_no_limit_is_refused(value: Any) -> None:
-    with pytest.raises(TypeError, match="limit must be a number of bytes"):
+    with pytest.raises(TypeError, match="limit: expected a number of bytes"):
         parse_limit(value, 1000)
 
 
@@ -131,24 +131,24 @@ def test_the_default_classes_waste_five_percent_on_average_at_most(draw: Any) ->
 
 @pytest.mark.parametrize("steps", [0, -1, 3, 12])
 def test_steps_are_a_power_of_two(steps: int) -> None:
-    with pytest.raises(ValueError, match=f"steps must be a power of two, got {steps}"):
+    with pytest.raises(ValueError, match=f"steps: expected a power of two, got {steps}"):
         Geometric(steps)
 
 
 @pytest.mark.parametrize("smallest", [0, 4, 100, -8])
 def test_the_smallest_class_is_a_power_of_two_that_steps_divide(smallest: int) -> None:
-    with pytest.raises(ValueError, match=f"smallest must be a power of two of at least steps=8, got {smallest}"):
+    with pytest.raises(ValueError, match=f"smallest: expected a power of two of at least steps=8, got {smallest}"):
         Geometric(8, smallest)
 
 
 def test_a_granule_is_positive() -> None:
-    with pytest.raises(ValueError, match="granule must be positive, got 0"):
+    with pytest.raises(ValueError, match="granule: expected at least 1, got 0"):
         Exact(0)
 
 
 @pytest.mark.parametrize("sizes", [[], [0, 5]])
 def test_bins_are_positive(sizes: list[int]) -> None:
-    with pytest.raises(ValueError, match="size_classes must be one or more positive sizes, got"):
+    with pytest.raises(ValueError, match="size_classes: expected one or more positive sizes, got"):
         Bins(sizes)
 
 
@@ -168,10 +168,10 @@ def test_classes_by_name_by_list_and_by_object() -> None:
 
 
 def test_what_is_no_size_classes_is_refused() -> None:
-    names = r"size_classes must be one of \['exact', 'geometric', 'power_of_two'\], a list of bins or an object, got"
+    names = r"size_classes: expected one of \['exact', 'geometric', 'power_of_two'\], bins or an object, got"
     with pytest.raises(ValueError, match=f"{names} 'fibonacci'"):
         size_classes("fibonacci")
-    with pytest.raises(TypeError, match="size_classes must be a name, a list of bins or have a round_up method, got 5"):
+    with pytest.raises(TypeError, match="size_classes: expected a name, bins or an object with round_up, got 5"):
         size_classes(5)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="size_classes must be a number of bytes"):
+    with pytest.raises(TypeError, match="size_classes: expected a number of bytes"):
         size_classes([1.5])  # type: ignore[list-item]

@@ -136,7 +136,9 @@ def main() -> None:
     """Record and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a few requests each, to see that it works")
-    parser.add_argument("--output", type=Path, default=traces.FOLDER)
+    parser.add_argument(
+        "--output", type=Path, default=traces.FOLDER, metavar="FOLDER", help="where to write (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(

@@ -97,9 +97,9 @@ def require(holds: bool, claim: str) -> None:
 def parse(description: str | None) -> argparse.Namespace:
     """The options that every benchmark here has; ``device`` becomes a torch.device with an index where it is a GPU."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda[:index] (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that it works: no figures to quote")
-    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks"), help="folder (default: %(default)s)")
     arguments = parser.parse_args()
     arguments.device = torch.device(arguments.device)
     if arguments.device.type == "cuda":
@@ -181,7 +181,11 @@ class Record:
         self._page.append(line)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.with_suffix(".json").write_text(json.dumps(self._results, indent=1) + "\n")
-        self._path.with_suffix(".md").write_text("\n".join(self._page) + "\n")
+        source = (
+            f"Raw data: [{self._path.name}.json]({self._path.name}.json). Command, from the repository's root: "
+            f"`python packages/pattern-cache/benchmarks/{self._results['environment']['command']}`."
+        )
+        self._path.with_suffix(".md").write_text("\n".join([*self._page, "", source]) + "\n")
 
 
 class Section(NamedTuple):

@@ -321,15 +321,15 @@ def test_a_changed_value_that_is_taken_out_is_noticed(take: str) -> None:
 
 def test_warming_looks_at_everything_before_it_makes_anything() -> None:
     cache: PatternCache[str, Any] = PatternCache()
-    with pytest.raises(TypeError, match="create must be callable, got 5 for 'b'"):
+    with pytest.raises(TypeError, match="create: expected a callable, got 5 for 'b'"):
         cache.warm([("a", int), ("b", 5)])  # type: ignore[list-item]
-    with pytest.raises(TypeError, match="progress must be callable"):
+    with pytest.raises(TypeError, match="progress: expected a callable"):
         cache.warm({"a": int}, progress=5)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="workers must be at least 1"):
+    with pytest.raises(TypeError, match="workers: expected a whole number, got True"):
         cache.warm({"a": int}, workers=True)
     assert len(cache) == 0
 
 
 def test_a_policy_that_is_none_is_refused() -> None:
-    with pytest.raises(TypeError, match="policy must return an EvictionPolicy, and returned None"):
+    with pytest.raises(TypeError, match="policy: expected a function that returns an EvictionPolicy, got one"):
         PatternCache(policy=lambda: None)  # type: ignore[arg-type,return-value]

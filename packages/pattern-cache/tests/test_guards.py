@@ -165,7 +165,7 @@ def test_without_a_guard_a_change_is_not_noticed() -> None:
 
 
 def test_an_unknown_guard_is_refused() -> None:
-    with pytest.raises(ValueError, match="guard must be"):
+    with pytest.raises(ValueError, match="guard: expected"):
         PatternCache(guard="checksum")  # type: ignore[arg-type]
 
 

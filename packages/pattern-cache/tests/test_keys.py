@@ -125,30 +125,30 @@ def test_text_is_the_same_in_every_process_and_a_pickle_finds_its_key_there() ->
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: DilatedIndexKey(-1, (4,), (1,)), ValueError, "seq_len must be at least 0, got -1"),
-        (lambda: DilatedIndexKey(8.0, (4,), (1,)), TypeError, "seq_len must be a whole number"),  # type: ignore[arg-type]
-        (lambda: DilatedIndexKey(True, (4,), (1,)), TypeError, "seq_len must be a whole number, got True"),
-        (lambda: DilatedIndexKey(8, (4, 8), (1,)), ValueError, "one entry for every branch, got 2 and 1"),
-        (lambda: DilatedIndexKey(8, (), ()), ValueError, "one entry for every branch, got 0 and 0"),
-        (lambda: DilatedIndexKey(8, (0,), (1,)), ValueError, "segment_lengths must be at least 1"),
-        (lambda: DilatedIndexKey(8, (4,), (0,)), ValueError, "dilation_rates must be at least 1"),
-        (lambda: DilatedIndexKey(8, (4,), (1,), heads=0), ValueError, "heads must be at least 1"),
-        (lambda: DilatedIndexKey(8, (4,), (1,), semantics="a_b"), ValueError, "semantics must consist of letters"),
-        (lambda: BlockLayoutKey(8, 3), TypeError, "pattern must be a name, got 3"),  # type: ignore[arg-type]
-        (lambda: BlockLayoutKey(8, "a", ratio=1.5), ValueError, "ratio must lie between 0 and 1, got 1.5"),
-        (lambda: BlockLayoutKey(8, "a", ratio=float("nan")), ValueError, "ratio must lie between 0 and 1, got nan"),
-        (lambda: BlockLayoutKey(8, "a", ratio="1"), TypeError, "ratio must be a number, got '1'"),  # type: ignore[arg-type]
-        (lambda: BlockLayoutKey(8, "a", block_size=(1, 2, 3)), ValueError, "block_size must be"),  # type: ignore[arg-type]
-        (lambda: BlockLayoutKey(8, "a", is_causal=1), TypeError, "is_causal must be True or False"),  # type: ignore[arg-type]
-        (lambda: BlockLayoutKey(8, "a", options={"a b": 1}), ValueError, "options must be named"),  # type: ignore[arg-type]
-        (lambda: BlockLayoutKey(8, "a", options={"a": None}), TypeError, "options['a'] must be a number"),  # type: ignore[arg-type]
-        (lambda: BlockLayoutKey(8, "a", options={"a": "x_y"}), ValueError, "options['a'] must consist"),  # type: ignore[arg-type]
-        (lambda: BlockLayoutKey(8, "a", options={"a": float("nan")}), ValueError, "must not be NaN"),  # type: ignore[arg-type]
+        (lambda: DilatedIndexKey(-1, (4,), (1,)), ValueError, "seq_len: expected at least 0, got -1"),
+        (lambda: DilatedIndexKey(8.0, (4,), (1,)), TypeError, "seq_len: expected a whole number"),  # type: ignore[arg-type]
+        (lambda: DilatedIndexKey(True, (4,), (1,)), TypeError, "seq_len: expected a whole number, got True"),
+        (lambda: DilatedIndexKey(8, (4, 8), (1,)), ValueError, "one entry of each for every branch, got 2 and 1"),
+        (lambda: DilatedIndexKey(8, (), ()), ValueError, "one entry of each for every branch, got 0 and 0"),
+        (lambda: DilatedIndexKey(8, (0,), (1,)), ValueError, "segment_lengths: expected at least 1"),
+        (lambda: DilatedIndexKey(8, (4,), (0,)), ValueError, "dilation_rates: expected at least 1"),
+        (lambda: DilatedIndexKey(8, (4,), (1,), heads=0), ValueError, "heads: expected at least 1"),
+        (lambda: DilatedIndexKey(8, (4,), (1,), semantics="a_b"), ValueError, "semantics: expected letters"),
+        (lambda: BlockLayoutKey(8, 3), TypeError, "pattern: expected a name, got 3"),  # type: ignore[arg-type]
+        (lambda: BlockLayoutKey(8, "a", ratio=1.5), ValueError, "ratio: expected a number between 0 and 1, got 1.5"),
+        (lambda: BlockLayoutKey(8, "a", ratio=float("nan")), ValueError, "expected a number between 0 and 1, got nan"),
+        (lambda: BlockLayoutKey(8, "a", ratio="1"), TypeError, "ratio: expected a number, got '1'"),  # type: ignore[arg-type]
+        (lambda: BlockLayoutKey(8, "a", block_size=(1, 2, 3)), ValueError, "block_size: expected"),  # type: ignore[arg-type]
+        (lambda: BlockLayoutKey(8, "a", is_causal=1), TypeError, "is_causal: expected True or False"),  # type: ignore[arg-type]
+        (lambda: BlockLayoutKey(8, "a", options={"a b": 1}), ValueError, "options: expected names like"),  # type: ignore[arg-type]
+        (lambda: BlockLayoutKey(8, "a", options={"a": None}), TypeError, "options['a']: expected a number"),  # type: ignore[arg-type]
+        (lambda: BlockLayoutKey(8, "a", options={"a": "x_y"}), ValueError, "['a']: expected letters"),  # type: ignore[arg-type]
+        (lambda: BlockLayoutKey(8, "a", options={"a": float("nan")}), ValueError, "that equals itself"),  # type: ignore[arg-type]
         (lambda: BlockLayoutKey(8, "a", options=(("a", 1), ("a", 2))), ValueError, "different names"),
-        (lambda: BlockMaskKey(8, 8, "a", heads=0), ValueError, "heads must be at least 1"),
+        (lambda: BlockMaskKey(8, 8, "a", heads=0), ValueError, "heads: expected at least 1"),
         (lambda: CommunicationPlanKey(8, (4,), (1,), 1, 2, bounds=(0, 8)), ValueError, "world_size + 1 = 3 positions"),
         (lambda: CommunicationPlanKey(8, (4,), (1,), 1, 2, bounds=(0, 4, 9)), ValueError, "from 0 to seq_len=8"),
-        (lambda: CommunicationPlanKey(8, (4,), (1,), 1, 3, bounds=(0, 5, 4, 8)), ValueError, "bounds must not fall"),
+        (lambda: CommunicationPlanKey(8, (4,), (1,), 1, 3, bounds=(0, 5, 4, 8)), ValueError, "that do not fall"),
     ],
 )
 def test_bad_fields_are_refused(make: Any, error: type[Exception], message: str) -> None:

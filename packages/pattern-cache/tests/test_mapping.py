@@ -100,38 +100,38 @@ class NoFunction:
 
 
 CONSTRUCTOR: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "entries-negative": ({"max_entries": -1}, ValueError, "max_entries must not be negative, got -1"),
+    "entries-negative": ({"max_entries": -1}, ValueError, "max_entries: expected at least 0, got -1"),
     "entries-float": (
         {"max_entries": 1.0},
         TypeError,
-        "max_entries must be a whole number, or None for no limit, got 1.0",
+        "max_entries: expected a whole number, or None for no limit, got 1.0",
     ),
-    "entries-bool": ({"max_entries": True}, TypeError, "max_entries must be a whole number, or None for no limit"),
-    "entries-text": ({"max_entries": "10"}, TypeError, "max_entries must be a whole number, or None for no limit"),
-    "bytes-negative": ({"max_bytes": -5}, ValueError, "max_bytes must not be negative, got -5"),
-    "bytes-float": ({"max_bytes": 1e9}, TypeError, "max_bytes must be a whole number, or None for no limit"),
-    "bytes-bool": ({"max_bytes": False}, TypeError, "max_bytes must be a whole number, or None for no limit"),
-    "device-bytes-negative": ({"max_device_bytes": -1}, ValueError, "max_device_bytes must not be negative, got -1"),
-    "device-bytes-float": ({"max_device_bytes": 0.5}, TypeError, "max_device_bytes must be a whole number, or None"),
+    "entries-bool": ({"max_entries": True}, TypeError, "max_entries: expected a whole number, or None for no limit"),
+    "entries-text": ({"max_entries": "10"}, TypeError, "max_entries: expected a whole number, or None for no limit"),
+    "bytes-negative": ({"max_bytes": -5}, ValueError, "max_bytes: expected at least 0, got -5"),
+    "bytes-float": ({"max_bytes": 1e9}, TypeError, "max_bytes: expected a whole number, or None for no limit"),
+    "bytes-bool": ({"max_bytes": False}, TypeError, "max_bytes: expected a whole number, or None for no limit"),
+    "device-bytes-negative": ({"max_device_bytes": -1}, ValueError, "max_device_bytes: expected at least 0, got -1"),
+    "device-bytes-float": ({"max_device_bytes": 0.5}, TypeError, "max_device_bytes: expected a whole number, or None"),
     "policy-unknown": (
         {"policy": "lfu"},
         ValueError,
-        "policy must be 'lru' or 'gdsf', or make an EvictionPolicy, got 'lfu'",
+        "policy: expected one of ['lru', 'gdsf'] or a function that returns an EvictionPolicy, got 'lfu'",
     ),
     "policy-none": (
         {"policy": None},
         TypeError,
-        "policy must be a name or a function that returns an EvictionPolicy, got None",
+        "policy: expected a name or a function that returns an EvictionPolicy, got None",
     ),
     "policy-object": (
         {"policy": LRU()},
         TypeError,
-        "policy must be a name or a function that returns an EvictionPolicy",
+        "policy: expected a name or a function that returns an EvictionPolicy",
     ),
-    "size-of": ({"size_of": NoFunction()}, TypeError, "size_of must be callable, got NoFunction()"),
-    "on-evict": ({"on_evict": NoFunction()}, TypeError, "on_evict must be callable, got NoFunction()"),
-    "guard": ({"guard": "hash"}, ValueError, "guard must be 'version', 'contents' or None, got 'hash'"),
-    "guard-bool": ({"guard": True}, ValueError, "guard must be 'version', 'contents' or None, got True"),
+    "size-of": ({"size_of": NoFunction()}, TypeError, "size_of: expected a callable, got NoFunction()"),
+    "on-evict": ({"on_evict": NoFunction()}, TypeError, "on_evict: expected a callable, got NoFunction()"),
+    "guard": ({"guard": "hash"}, ValueError, "guard: expected 'version', 'contents' or None, got 'hash'"),
+    "guard-bool": ({"guard": True}, ValueError, "guard: expected 'version', 'contents' or None, got True"),
 }
 
 
@@ -148,12 +148,16 @@ def test_all_but_the_two_limits_go_by_name() -> None:
 
 
 METHODS: dict[str, tuple[Callable[[Cache], Any], type[Exception], str]] = {
-    "workers-zero": (lambda cache: cache.warm({}, workers=0), ValueError, "workers must be at least 1, got 0"),
-    "workers-float": (lambda cache: cache.warm({}, workers=1.5), ValueError, "workers must be at least 1, got 1.5"),  # type: ignore[arg-type]
-    "seconds-negative": (lambda cache: cache.put("x", 1, seconds=-1.0), ValueError, "seconds must"),
-    "seconds-nan": (lambda cache: cache.put("x", 1, seconds=float("nan")), ValueError, "seconds must"),
-    "seconds-infinite": (lambda cache: cache.put("x", 1, seconds=float("inf")), ValueError, "seconds must"),
-    "seconds-text": (lambda cache: cache.put("x", 1, seconds="1"), TypeError, "seconds must"),  # type: ignore[arg-type]
+    "workers-zero": (lambda cache: cache.warm({}, workers=0), ValueError, "workers: expected at least 1, got 0"),
+    "workers-float": (
+        lambda cache: cache.warm({}, workers=1.5),
+        TypeError,
+        "workers: expected a whole number, got 1.5",
+    ),  # type: ignore[arg-type]
+    "seconds-negative": (lambda cache: cache.put("x", 1, seconds=-1.0), ValueError, "seconds: expected"),
+    "seconds-nan": (lambda cache: cache.put("x", 1, seconds=float("nan")), ValueError, "seconds: expected"),
+    "seconds-infinite": (lambda cache: cache.put("x", 1, seconds=float("inf")), ValueError, "seconds: expected"),
+    "seconds-text": (lambda cache: cache.put("x", 1, seconds="1"), TypeError, "seconds: expected"),  # type: ignore[arg-type]
 }
 
 

@@ -232,15 +232,15 @@ def test_a_cache_that_does_not_take_a_key_takes_none_of_the_file(path: Path) -> 
     cache, typed = PatternCache[Any, int](), DilatedPatternCache()
     cache.update({("tiles", 1): 1, "text": 2})
     save(cache, path)
-    with pytest.raises(CacheFileError, match="this cache does not take its key 'text': a key must be a PatternKey"):
+    with pytest.raises(CacheFileError, match="this cache does not take its key 'text': key: expected a PatternKey"):
         load(typed, path)
     assert len(typed) == 0
 
 
 def test_a_tag_must_be_a_string(path: Path) -> None:
-    with pytest.raises(TypeError, match="tag must be a string, got 1"):
+    with pytest.raises(TypeError, match="tag: expected a string, got 1"):
         save(warm(), path, tag=1)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="tag must be a string, got 1"):
+    with pytest.raises(TypeError, match="tag: expected a string, got 1"):
         load(warm(), path, tag=1)  # type: ignore[arg-type]
 
 
@@ -448,7 +448,7 @@ LIES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "key is a tensor": (edit("entries", 1, "key", to={"tensor": "0"}), "a 'tensor' where no such value can be"),
     "key fails its checks": (
         edit("entries", 0, "key", to={"type": ["DilatedIndexKey", [-1, {"tuple": [1]}, {"tuple": [1]}, 1, "paper"]]}),
-        "makes no sense: ValueError.*seq_len must be at least 0",
+        "makes no sense: ValueError.*seq_len: expected at least 0",
     ),
     "seconds": (edit("entries", 1, "seconds", to=-1.0), "seconds=-1.0"),
     "seconds is a string": (edit("entries", 1, "seconds", to="1"), "seconds='1'"),

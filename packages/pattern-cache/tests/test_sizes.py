@@ -501,11 +501,11 @@ def test_size_of_is_called_once_for_a_value() -> None:
 
 
 WRONG: dict[str, tuple[Any, type[Exception], str]] = {
-    "float": (1.0, TypeError, "size_of must return a number of bytes, got 1.0"),
-    "none": (None, TypeError, "size_of must return a number of bytes, got None"),
-    "bool": (True, TypeError, "size_of must return a number of bytes, got True"),
-    "text": ("12", TypeError, "size_of must return a number of bytes, got '12'"),
-    "negative": (-1, ValueError, "size_of must not return a negative number, got -1"),
+    "float": (1.0, TypeError, "size_of: expected a function that returns bytes as an int, got one that returns 1.0"),
+    "none": (None, TypeError, "size_of: expected a function that returns bytes as an int, got one that returns None"),
+    "bool": (True, TypeError, "size_of: expected a function that returns bytes as an int, got one that returns True"),
+    "text": ("12", TypeError, "size_of: expected a function that returns bytes as an int, got one that returns '12'"),
+    "negative": (-1, ValueError, "size_of: expected a function that returns at least 0, got one that returns -1"),
 }
 
 

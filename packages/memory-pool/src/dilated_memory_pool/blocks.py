@@ -22,7 +22,6 @@ class Block:
     Attributes:
         nbytes: its length.
         address: of its first byte.
-        device: as PyTorch writes it.
     """
 
     __slots__ = ()
@@ -38,7 +37,7 @@ class Block:
 
     @property
     def device(self) -> str:
-        """As PyTorch writes it: "cpu", "cuda:0"."""
+        """Where it is, as PyTorch writes it, such as "cpu"."""
         return self._backend.device
 
     @property
@@ -77,9 +76,11 @@ class Block:
             BufferError: a copy, or another device, was asked for; no library is installed that makes capsules.
         """
         if copy:
-            raise BufferError("a block is shared, never copied: copy on the consumer's side")
+            raise BufferError("copy: expected False or None, as a block is shared and never copied, got True")
         if dl_device is not None and tuple(dl_device) != tuple(self.__dlpack_device__()):
-            raise BufferError(f"the block is on {self.device}, got dl_device={dl_device}")
+            raise BufferError(
+                f"dl_device: expected {self.__dlpack_device__()}, where the block is, got {tuple(dl_device)}"
+            )
         streams = self._backend.streams
         if streams is not None and stream != -1:
             current = streams.current()

@@ -19,6 +19,13 @@ def use_pool(pool: MemoryPool | None) -> Iterator[MemoryPool | None]:
 
     PyTorch runs the backward pass of CUDA operations in threads of its own: there is no current pool in them.
     None hides an outer pool.
+
+    >>> from dilated_memory_pool import MemoryPool
+    >>> with use_pool(MemoryPool("host")) as pool:
+    ...     current_pool() is pool
+    True
+    >>> current_pool() is None
+    True
     """
     token = _current.set(pool)
     try:

@@ -26,6 +26,7 @@ from dilated_memory_pool import forks
 from dilated_memory_pool.backends import Backend, Event
 from dilated_memory_pool.errors import PoolLimitError, PoolMemoryError
 from dilated_memory_pool.events import Bulletin, Observer
+from dilated_memory_pool.ledger import Ledger
 from dilated_memory_pool.numa import Numa
 from dilated_memory_pool.placement.spans import Arena, Home, Lease, Placement, PlainLease, Span
 from dilated_memory_pool.sizes import SizeClasses
@@ -81,16 +82,13 @@ class Heap:
         self._waiting: deque[tuple[Span, list[Event]]] = deque()
         self._arenas: list[Arena] = []  # by address
         self._streams_seen: set[int] = set()
-        self._in_transit: dict[object, int] = {}  # bytes being mapped or unmapped, and in no arena, by operation
+        self._ledger = Ledger()
         self._busy = False
         self._hand: Lease | None = None  # the lease being handed out
         self._bulletin = Bulletin(observers)
         self._let_go = partial(_let_go, self._arenas, self._home, self._returned, self._waiting)
         self._heir: _Heir | None = None
 
-        self._requested = self._allocated = self._reserved = 0
-        self._peak_requested = self._peak_allocated = self._peak_reserved = 0
-        self._hits = self._misses = self._trims = self._ooms = 0
         forks.watch(self)
 
     # ------------------------------------------------------------------------------------------ leases
@@ -138,7 +136,7 @@ class Heap:
                 span = self._placement.take(self._round_up(nbytes), nbytes, locality)
                 if span is None:
                     return None
-                self._hits += 1
+                self._ledger.hits += 1
                 return self._hand_out(span, hidden)
             except BaseException:
                 self._salvage()
@@ -155,7 +153,7 @@ class Heap:
                 self._rounded.clear()
             size = self._classes.round_up(nbytes)
             if size < nbytes:
-                raise ValueError(f"size_classes must round up, and {self._classes!r} makes {size} of {nbytes} bytes")
+                raise ValueError(f"size_classes: expected to round up, got {size} for {nbytes} by {self._classes!r}")
             size = -(-size // self._granule) * self._granule
             self._rounded[nbytes] = size
         return size
@@ -164,12 +162,7 @@ class Heap:
         """A lease on the span, and the books kept."""
         lease = self._hand = span.arena.memory.lease() if hidden and self._addressable else PlainLease()
         lease.entrust(span)
-        self._requested += span.requested
-        self._allocated += span.nbytes
-        if self._requested > self._peak_requested:
-            self._peak_requested = self._requested
-        if self._allocated > self._peak_allocated:
-            self._peak_allocated = self._allocated
+        self._ledger.lend(span)
         if self._bulletin.observers:
             self._bulletin.note("allocate", span.address, span.nbytes, span.requested)
         return lease
@@ -186,12 +179,7 @@ class Heap:
         if self._waiting and not self._waiting[0][0].requested:
             self._waiting.popleft()
         self._placement.rebuild(self._arenas)
-        used = [span for arena in self._arenas for span in arena.spans if span.requested]
-        self._requested = sum(span.requested for span in used)
-        self._allocated = sum(span.nbytes for span in used)
-        self._peak_requested = max(self._peak_requested, self._requested)
-        self._peak_allocated = max(self._peak_allocated, self._allocated)
-        self._settle()
+        self._ledger.recount(self._arenas)
 
     def stray(self, nbytes: int) -> Lease:
         """The owner of memory of its own that never belongs to the pool, for when the pool steps aside."""
@@ -245,8 +233,7 @@ class Heap:
     def _take_back(self, span: Span) -> None:
         if self._bulletin.observers:
             self._bulletin.note("free", span.address, span.nbytes, span.requested)
-        self._requested -= span.requested
-        self._allocated -= span.nbytes
+        self._ledger.take_back(span)
         span.streams = None
         span.requested = 0
         self._placement.give(span)
@@ -275,12 +262,12 @@ class Heap:
                     finally:
                         self._discharge(operation)
             with self.lock:
-                self._ooms += 1
+                self._ledger.ooms += 1
                 limited = refusal is None or isinstance(refusal, PoolLimitError)
                 kind = PoolLimitError if limited else PoolMemoryError
                 largest = self._placement.largest_free()
                 why = refusal.why if isinstance(refusal, PoolMemoryError) else ""
-                failure = kind(nbytes, self._allocated, self._reserved, self.limit, largest, why)
+                failure = kind(nbytes, self._ledger.allocated, self._ledger.reserved, self.limit, largest, why)
                 self._bulletin.note("failure", 0, nbytes, nbytes)
             self._bulletin.publish()
             raise failure from refusal
@@ -290,22 +277,17 @@ class Heap:
     def _charge(self, operation: object, arena_bytes: int) -> bool:
         """Count them as reserved from now on, if the limit allows it."""
         with self.lock:
-            if self.limit is not None and self._reserved + arena_bytes > self.limit:
+            if self.limit is not None and self._ledger.reserved + arena_bytes > self.limit:
                 return False
-            self._in_transit[operation] = arena_bytes
-            self._settle()
+            self._ledger.in_transit[operation] = arena_bytes
+            self._ledger.settle(self._arenas)
             return True
 
     def _discharge(self, operation: object) -> None:
         """Its bytes are no longer in transit."""
         with self.lock:
-            self._in_transit.pop(operation, None)
-            self._settle()
-
-    def _settle(self) -> None:
-        """Count the reserved bytes."""
-        self._reserved = sum(self._in_transit.values()) + sum(arena.nbytes for arena in self._arenas)
-        self._peak_reserved = max(self._peak_reserved, self._reserved)
+            self._ledger.in_transit.pop(operation, None)
+            self._ledger.settle(self._arenas)
 
     def _open(self, operation: object, arena_bytes: int, nbytes: int, hidden: bool) -> Lease:
         """A lease on a new arena. The lock is not held while it is mapped."""
@@ -325,7 +307,7 @@ class Heap:
             self._placement.add(arena)
             span = self._placement.take(self._round_up(nbytes), nbytes, locality)
             assert span is not None, "a new arena serves the request it was made for"
-            self._misses += 1
+            self._ledger.misses += 1
             return self._hand_out(span, hidden)
 
     def _make_room(self, size: int, refused: bool) -> None:
@@ -359,11 +341,11 @@ class Heap:
                 if inside:
                     self._tidy()
                     idle += sorted((arena for arena in self._arenas if arena.idle), key=_idle_since, reverse=True)
-                    while idle and self._reserved - leaving > keep:
+                    while idle and self._ledger.reserved - leaving > keep:
                         released.append(idle.pop())
                         # Still mapped: it counts as reserved, in transit, until the memory is really gone.
                         leaving += released[-1].nbytes
-                        self._in_transit[operation] = leaving
+                        self._ledger.in_transit[operation] = leaving
                         self._drop(released[-1])
         finally:
             idle.clear()
@@ -379,7 +361,7 @@ class Heap:
         self._arenas.remove(arena)
         self._placement.discard(arena)
         arena.abandon()
-        self._trims += 1
+        self._ledger.trims += 1
         self._bulletin.note("release", arena.address, arena.nbytes, 0)
 
     def close(self) -> None:
@@ -449,26 +431,15 @@ class Heap:
         with self._inside() as inside:
             if inside:
                 self._tidy()
-            self._peak_requested, self._peak_allocated = self._requested, self._allocated
-            self._peak_reserved = self._reserved
+            self._ledger.reset_peaks()
         if inside:
             self._bulletin.publish()
 
     def _numbers(self) -> PoolStatistics:
-        return PoolStatistics(
-            requested_bytes=self._requested,
-            allocated_bytes=self._allocated,
-            reserved_bytes=self._reserved,
+        return self._ledger.statistics(
             waiting_bytes=sum(span.nbytes for span, _ in self._waiting),
             largest_free_bytes=self._placement.largest_free(),
-            peak_requested_bytes=self._peak_requested,
-            peak_allocated_bytes=self._peak_allocated,
-            peak_reserved_bytes=self._peak_reserved,
-            hits=self._hits,
-            misses=self._misses,
             bypasses=self.bypasses,
-            trims=self._trims,
-            ooms=self._ooms,
             limit_bytes=self.limit,
         )
 
@@ -503,8 +474,8 @@ class Heap:
         if self._streams is not None:
             forks.keep(self.backend, [arena.memory for arena in self._arenas], list(self._waiting))
         self._bulletin.forked()
-        self._in_transit.clear()
-        self._settle()
+        self._ledger.in_transit.clear()
+        self._ledger.settle(self._arenas)
 
 
 def _let_go(arenas: list[Arena], home: Home, returned: deque[Span], waiting: deque[tuple[Span, list[Event]]]) -> None:

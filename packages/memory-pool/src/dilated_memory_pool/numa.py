@@ -28,7 +28,6 @@ class Topology(NamedTuple):
         nodes: the nodes that have memory, ascending, at least one. Some have no CPU: memory expanders, GPU memory.
         node_of_cpu: for every CPU the node where its threads should place memory. A CPU whose own node has none
             is sent to the node with memory that its node's ``distance`` calls nearest, the lowest number of equals.
-
     """
 
     nodes: tuple[int, ...]
@@ -60,10 +59,8 @@ class Numa:
         active: whether threads can run beside more than one node, so that keeping memory by node has a point.
         reason: "" when active, else a sentence that says why not.
 
-    Example:
-        >>> Numa(Topology(nodes=(0,), node_of_cpu={0: 0, 1: 0})).reason
-        'one NUMA node on this machine: there is nothing to choose between'
-
+    >>> Numa(Topology(nodes=(0,), node_of_cpu={0: 0, 1: 0})).reason
+    'one NUMA node on this machine: there is nothing to choose between'
     """
 
     def __init__(self, topology: Topology | None = None) -> None:
@@ -109,12 +106,11 @@ class Numa:
 
         Raises:
             ValueError: for a node that the topology lacks, or a negative address or size.
-
         """
         if node not in self.topology.nodes:
-            raise ValueError(f"NUMA node {node} is unknown: the nodes with memory are {self.topology.nodes}")
+            raise ValueError(f"node: expected one with memory, of {self.topology.nodes}, got {node}")
         if address < 0 or nbytes < 0:
-            raise ValueError(f"a range has address >= 0 and nbytes >= 0, got address={address}, nbytes={nbytes}")
+            raise ValueError(f"address, nbytes: expected at least 0, got {address}, {nbytes}")
         first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
         length = (address + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
         library, _ = _libnuma()

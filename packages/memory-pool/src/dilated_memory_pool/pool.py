@@ -56,7 +56,8 @@ class MemoryPool:
     Attributes:
         backend: the object that memory is drawn from.
         device: of the tensors, as PyTorch writes it.
-        mode, min_bytes: as given, ``min_bytes`` in bytes.
+        mode: as given.
+        min_bytes: as given, in bytes.
         reasons: why this backend was taken, and what is active here and what is not.
 
     Raises:
@@ -86,17 +87,19 @@ class MemoryPool:
         observers: Iterable[Observer] = (),
     ) -> None:
         if mode not in ("lightweight", "full"):
-            raise ValueError(f"mode must be 'lightweight' or 'full', got {mode!r}")
+            raise ValueError(f"mode: expected 'lightweight' or 'full', got {mode!r}")
         observers = tuple(observers)
         if mode == "lightweight" and observers:
-            raise ValueError("observers are told nothing in lightweight mode, only in full mode")
+            raise ValueError(f"observers: expected none in lightweight mode, got {len(observers)}")
         if mode == "lightweight" and arena_bytes is not None:
-            raise ValueError("arena_bytes has no effect in lightweight mode, where every block is its own arena")
+            raise ValueError(f"arena_bytes: expected None in lightweight mode, got {arena_bytes!r}")
         self.min_bytes = parse_bytes(min_bytes, "min_bytes")
         self.mode: Literal["lightweight", "full"] = mode
         self.backend, why = choose(backend, device)
         if strict_streams and self.backend.streams is None:
-            raise ValueError(f"strict_streams has no effect: the {self.backend.name} backend has no streams")
+            raise ValueError(
+                f"strict_streams: expected False, as the {self.backend.name} backend has no streams, got True"
+            )
         self.device = self.backend.device
         limit_bytes = parse_limit(limit, self.backend.total_bytes)
         placement: Placement
@@ -134,6 +137,9 @@ class MemoryPool:
             device: the pool's by default, whatever ``torch.set_default_device`` says; another is an error, but for
                 "meta".
 
+        Returns:
+            A tensor that may be written to, saved by autograd and viewed like any other.
+
         Raises:
             TypeError, ValueError: ``size`` is no shape; ``dtype`` is quantized; ``device`` is not the pool's.
             PoolLimitError: the limit does not allow it.
@@ -146,12 +152,23 @@ class MemoryPool:
     def zeros(
         self, size: int | Sequence[int], *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
     ) -> torch.Tensor:
-        """As ``empty``, filled with zeros."""
+        """As ``empty``, filled with zeros.
+
+        Raises:
+            TypeError, ValueError, PoolLimitError, PoolMemoryError, RuntimeError, ImportError: as ``empty``.
+        """
         return self.empty(size, dtype=dtype, device=device).zero_()
 
     def empty_like(self, tensor: torch.Tensor, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """As ``torch.empty_like``: of the shape, type and order of strides of ``tensor``, which must be on the pool's
-        device.
+        """As ``torch.empty_like``: of the shape and the order of strides of ``tensor``.
+
+        Args:
+            tensor: on the pool's device.
+            dtype: that of ``tensor`` by default.
+
+        Raises:
+            ValueError: ``tensor`` is on another device.
+            PoolLimitError, PoolMemoryError, RuntimeError, ImportError: as ``empty``.
         """
         return (self._tensors or self._make_tensors()).empty_like(tensor, dtype)
 
@@ -162,6 +179,9 @@ class MemoryPool:
 
         On the host a block has the buffer protocol; on a GPU ``__cuda_array_interface__``; everywhere DLPack. The
         memory returns when the block and all that was made of it are gone.
+
+        Args:
+            nbytes: bytes, or text such as "64MiB".
 
         Raises:
             TypeError, ValueError: ``nbytes`` is no size.
@@ -182,7 +202,13 @@ class MemoryPool:
         """Have memory ready for a request of ``nbytes``, so that the request itself needs no new arena.
 
         Raises:
-            as ``allocate``.
+            TypeError, ValueError, PoolLimitError, PoolMemoryError, RuntimeError: as ``allocate``.
+
+        >>> pool = MemoryPool("host")
+        >>> pool.reserve("2MiB")
+        >>> block = pool.allocate("2MiB")
+        >>> pool.statistics().hits, pool.statistics().misses
+        (1, 1)
         """
         self.allocate(nbytes)
 
@@ -200,7 +226,11 @@ class MemoryPool:
     # ------------------------------------------------------------------------------------------ ownership
 
     def owns(self, owner: torch.Tensor | Block) -> bool:
-        """Whether the memory of ``owner``, a tensor or a block, is this pool's."""
+        """Whether the memory of ``owner``, a tensor or a block, is this pool's.
+
+        Raises:
+            TypeError: ``owner`` is neither.
+        """
         return self._heap.span_of(_address(owner)) is not None
 
     def record_stream(self, owner: torch.Tensor | Block, stream: object) -> None:
@@ -209,15 +239,19 @@ class MemoryPool:
         Once its owners are dead, the memory is used again only after all work queued to that stream by then is done.
         ``Tensor.record_stream`` does nothing for memory that is not PyTorch's own: this is what to call instead.
 
+        Args:
+            owner: a tensor or a block of this pool.
+            stream: a stream of PyTorch or CuPy, or its handle.
+
         Raises:
             ValueError: the backend has no streams, or ``owner`` is not of this pool.
-            TypeError: ``stream`` is no stream.
+            TypeError: ``stream`` is no stream, or ``owner`` neither a tensor nor a block.
         """
         streams = self.backend.streams
         if streams is None:
             raise ValueError(f"record_stream needs a backend with streams, and {self.backend.name} has none")
         if not self._heap.record_stream(_address(owner), streams.handle(stream)):
-            raise ValueError("record_stream was given memory that is not of this pool")
+            raise ValueError("owner: expected memory of this pool, got other")
 
     # ------------------------------------------------------------------------------------------ the whole pool
 
@@ -226,13 +260,23 @@ class MemoryPool:
 
         Nothing is given back while the current stream is captured into a graph.
 
+        Args:
+            keep_bytes: bytes, or text such as "64MiB".
+
         Returns:
             The bytes given back.
+
+        Raises:
+            TypeError, ValueError: ``keep_bytes`` is no size.
         """
         return self._heap.trim(parse_bytes(keep_bytes, "keep_bytes"))
 
     def set_limit(self, limit: float | str | None) -> None:
-        """A new limit, as in the constructor. What is over it and unused is given back; what is in use stays."""
+        """A new limit, as in the constructor. What is over it and unused is given back; what is in use stays.
+
+        Raises:
+            TypeError, ValueError: ``limit`` is none.
+        """
         self._heap.limit = parse_limit(limit, self.backend.total_bytes)
         if self._heap.limit is not None:
             self._heap.trim(self._heap.limit)
@@ -279,7 +323,7 @@ def _address(owner: torch.Tensor | Block) -> int:
     try:
         return owner.untyped_storage().data_ptr()
     except AttributeError:
-        raise TypeError(f"expected a tensor or a block, got {type(owner).__name__}") from None
+        raise TypeError(f"owner: expected a tensor or a block, got {type(owner).__name__}") from None
 
 
 def _features(mode: str, backend: Backend, numa: Numa | None) -> tuple[str, ...]:

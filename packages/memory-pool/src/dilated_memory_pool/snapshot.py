@@ -10,7 +10,14 @@ from dilated_memory_pool.statistics import PoolStatistics
 
 @dataclass(frozen=True)
 class SpanSnapshot:
-    """Attributes: offset, nbytes: its place in the arena; requested: bytes asked for, 0 where free; state."""
+    """One contiguous range of an arena.
+
+    Attributes:
+        offset: of its first byte in the arena.
+        nbytes: its length.
+        requested: bytes asked for; 0 where it is free.
+        state: "free", "used", or "waiting" for a stream to be done with it.
+    """
 
     offset: int
     nbytes: int
@@ -20,7 +27,14 @@ class SpanSnapshot:
 
 @dataclass(frozen=True)
 class ArenaSnapshot:
-    """Attributes: address, nbytes; locality: its stream or NUMA node, None without; spans: in order, without gaps."""
+    """One piece of memory that the pool was given by its backend.
+
+    Attributes:
+        address: of its first byte.
+        nbytes: its length.
+        locality: the stream or the NUMA node that it serves, as text; None where there is no such thing.
+        spans: what it is cut into, in order and without gaps.
+    """
 
     address: int
     nbytes: int
@@ -30,7 +44,16 @@ class ArenaSnapshot:
 
 @dataclass(frozen=True)
 class PoolSnapshot:
-    """Attributes: backend, device, mode: of the pool; reasons: its decisions; statistics; arenas: by address."""
+    """A pool at one moment.
+
+    Attributes:
+        backend: the name of the pool's backend.
+        device: of the pool, as PyTorch writes it.
+        mode: of the pool.
+        reasons: the pool's decisions, and why.
+        statistics: the numbers of the same moment.
+        arenas: by address.
+    """
 
     backend: str
     device: str

@@ -15,8 +15,9 @@ class PoolStatistics:
         reserved_bytes: held from the backend, in use or not; never above the limit.
         waiting_bytes: of ``allocated_bytes``, freed by their owners and waiting for a stream to be done with them.
         largest_free_bytes: the largest request that needs no new arena, in its size class.
-        peak_requested_bytes, peak_allocated_bytes, peak_reserved_bytes: their highest values since the pool was made
-            or ``reset_peaks`` was called.
+        peak_requested_bytes: the highest ``requested_bytes`` since the pool was made or ``reset_peaks`` was called.
+        peak_allocated_bytes: the same of ``allocated_bytes``.
+        peak_reserved_bytes: the same of ``reserved_bytes``.
         hits: requests served from memory the pool already had.
         misses: requests that needed a new arena.
         bypasses: requests left to PyTorch: small ones, under tracing, in graph capture, from within a finaliser.
@@ -58,5 +59,5 @@ class PoolStatistics:
 
     @property
     def fragmentation(self) -> float:
-        """1 - largest free span / all that is free: 0 where what is free is in one piece, or nothing is."""
+        """Of the free bytes, the part outside of the largest free span; 0 where all is in one piece, or nothing is."""
         return 1 - self.largest_free_bytes / self.free_bytes if self.free_bytes else 0.0

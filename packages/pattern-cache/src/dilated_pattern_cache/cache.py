@@ -1,7 +1,7 @@
 """PatternCache: a bounded mapping that computes what it lacks, once.
 
 This is its face: arguments, the mapping, statistics. A hit takes no lock: one look into a dictionary, and three calls
-into C to count it. All that changes what is stored is in ``store``.
+into C to count it. All that changes what is stored is in ``storage``.
 """
 
 from __future__ import annotations
@@ -17,10 +17,7 @@ from collections.abc import (
     MutableMapping,
     ValuesView,
 )
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from functools import partial
-from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar, cast, overload
 
 from dilated_pattern_cache.checks import duration, limit, policy_named
@@ -33,6 +30,8 @@ from dilated_pattern_cache.values import devices
 from dilated_pattern_cache.values.guards import GUARDS, Guard
 from dilated_pattern_cache.values.leaves import charges_of, measured_by
 from dilated_pattern_cache.values.tracing import compiling
+from dilated_pattern_cache.views import Items, Values
+from dilated_pattern_cache.warming import warm
 
 if TYPE_CHECKING:
     from torch import device as Device
@@ -94,10 +93,10 @@ class PatternCache(MutableMapping[K, V]):
         on_evict: Callable[[Eviction], object] | None = None,
     ) -> None:
         if guard not in GUARDS:
-            raise ValueError(f"guard must be 'version', 'contents' or None, got {guard!r}")
+            raise ValueError(f"guard: expected 'version', 'contents' or None, got {guard!r}")
         for name, call in (("size_of", size_of), ("on_evict", on_evict)):
             if call is not None and not callable(call):
-                raise TypeError(f"{name} must be callable, got {call!r}")
+                raise TypeError(f"{name}: expected a callable, got {call!r}")
         self._options: dict[str, Any] = {
             "max_entries": limit("max_entries", max_entries),
             "max_bytes": limit("max_bytes", max_bytes),
@@ -306,46 +305,10 @@ class PatternCache(MutableMapping[K, V]):
             progress: called with (how many are done, of how many, the key just done) by the caller's thread.
 
         Raises:
+            TypeError, ValueError: ``workers``, ``progress`` or a pair is none of the above; nothing is made.
             Exception: the first that a ``create`` raises; what was not begun by then is not made.
         """
-        if not isinstance(workers, int) or isinstance(workers, bool) or workers < 1:
-            raise ValueError(f"workers must be at least 1, got {workers!r}")
-        if progress is not None and not callable(progress):
-            raise TypeError(f"progress must be callable, got {progress!r}")
-        pairs = [(key, create) for key, create in (patterns.items() if isinstance(patterns, Mapping) else patterns)]
-        for key, create in pairs:
-            self._check_key(key)
-            if not callable(create):
-                raise TypeError(f"create must be callable, got {create!r} for {key!r}")
-        if device is not None:
-            device = devices.canonical(device)  # the caller's current one: every thread has its own
-        created = []  # appending is whole under any number of threads
-
-        def make(key: K, create: Callable[[], V]) -> K:
-            def counted() -> V:
-                created.append(key)
-                return create()
-
-            self.get_or_create(key, counted, device=device)
-            if pin:
-                with suppress(KeyError):  # it could not be kept
-                    self.pin(key)
-            return key
-
-        masters, started = self._store.masters, perf_counter()
-        rejections, evictions = masters.rejections.value, masters.evictions
-        for done, key in enumerate(_results(make, pairs, workers), start=1):
-            if progress is not None:
-                progress(done, len(pairs), key)
-        if device is not None:
-            self._maker.finish(device)
-        return WarmReport(
-            created=len(created),
-            found=len(pairs) - len(created),
-            rejected=masters.rejections.value - rejections,
-            evicted=masters.evictions - evictions,
-            seconds=perf_counter() - started,
-        )
+        return warm(self, patterns, device=device, pin=pin, workers=workers, progress=progress)
 
     @staticmethod
     def _check_key(key: Hashable) -> None:
@@ -364,11 +327,11 @@ class PatternCache(MutableMapping[K, V]):
 
     def items(self) -> ItemsView[K, V]:
         """A view of (key, value). Looking through it is no use of any."""
-        return _Items(self)
+        return Items(self)
 
     def values(self) -> ValuesView[V]:
         """A view of the values. Looking through it is no use of any."""
-        return _Values(self)
+        return Values(self)
 
     __eq__ = object.__eq__  # a cache is itself and no other, whatever it holds
     __hash__ = object.__hash__
@@ -437,43 +400,6 @@ class PatternCache(MutableMapping[K, V]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial(type(self), **self._options), ()
-
-
-class _Items(ItemsView[K, V]):
-    _mapping: PatternCache[K, V]
-
-    def __iter__(self) -> Iterator[tuple[K, V]]:
-        for entry in list(self._mapping._store.masters.entries.values()):
-            yield cast(K, entry.key), entry.value
-
-    def __contains__(self, item: object) -> bool:
-        return any(item == pair for pair in self)
-
-
-class _Values(ValuesView[V]):
-    _mapping: PatternCache[Any, V]
-
-    def __iter__(self) -> Iterator[V]:
-        for entry in list(self._mapping._store.masters.entries.values()):
-            yield entry.value
-
-    def __contains__(self, value: object) -> bool:
-        return any(value is other or value == other for other in self)
-
-
-def _results(
-    make: Callable[[K, Callable[[], V]], K], pairs: list[tuple[K, Callable[[], V]]], workers: int
-) -> Iterator[K]:
-    """``make`` of all pairs, as they are done."""
-    if workers == 1:
-        for pair in pairs:
-            yield make(*pair)
-        return
-    executor = ThreadPoolExecutor(workers, thread_name_prefix="warm")
-    try:  # no future has a name here: an exception that one holds would hold this frame
-        yield from map(Future.result, as_completed([executor.submit(make, *pair) for pair in pairs]))
-    finally:
-        executor.shutdown(cancel_futures=True)
 
 
 def _step_aside(create: Callable[[], V], device: Device | str | None) -> V:

@@ -21,7 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KindInfo:
-    """The entries of one kind together. Attributes: as in ``EntryInfo``."""
+    """The entries of one kind together.
+
+    Attributes:
+        entries: how many there are.
+        nbytes: of their memory; what entries share counts for each.
+        hits: how often they were found.
+        seconds: what they took to make.
+        seconds_saved: by their hits.
+    """
 
     entries: int
     nbytes: int
@@ -36,7 +44,7 @@ class DilatedPatternCache(PatternCache[Hashable, Any]):
     The latter are what the packages of this family use, such as ("dilated_core.tiles", ...). A key that could never be
     found again is refused: one with a tensor, a function, or anything else that is equal to nothing but itself.
 
-    Args: as of ``PatternCache``.
+    It takes the arguments of ``PatternCache``.
 
     >>> from dilated_pattern_cache import BlockLayoutKey
     >>> cache = DilatedPatternCache(max_bytes=64 * 2**20)
@@ -56,7 +64,19 @@ class DilatedPatternCache(PatternCache[Hashable, Any]):
         *,
         device: Device | str | None = None,
     ) -> DilatedIndices:
-        """The positions that each head visits in each branch; see ``indices.dilated_indices``. Needs PyTorch."""
+        """The positions that each head visits in each branch; see ``indices.dilated_indices``. Needs PyTorch.
+
+        Args:
+            seq_len: tokens.
+            segment_lengths: of the branches.
+            dilation_rates: of the branches.
+            heads: of queries.
+            device: where the tensors must lie; the CPU by default.
+
+        Raises:
+            TypeError, ValueError: as ``DilatedIndexKey``; there is no such device.
+            ImportError: PyTorch is not installed.
+        """
         key = DilatedIndexKey(seq_len, tuple(segment_lengths), tuple(dilation_rates), heads)
         return cast(DilatedIndices, self.get_or_create(key, partial(dilated_indices, key), device=device))
 
@@ -80,7 +100,7 @@ class DilatedPatternCache(PatternCache[Hashable, Any]):
     def _check_key(key: Hashable) -> None:
         named = isinstance(key, tuple) and len(key) > 0 and isinstance(key[0], str)
         if not isinstance(key, PatternKey) and not named:
-            raise TypeError(f"a key must be a PatternKey or a tuple that begins with its kind, got {key!r}")
+            raise TypeError(f"key: expected a PatternKey or a tuple that begins with its kind, got {key!r}")
         _check_part(key, key)
 
 
@@ -93,10 +113,10 @@ def _check_part(part: Hashable, key: Hashable) -> None:
         for inner in part:
             _check_part(inner, key)
     elif isinstance(part, float) and math.isnan(part):
-        raise ValueError(f"a key with NaN is never found again, got {key!r}")
+        raise ValueError(f"key: expected one that equals itself, without NaN, got {key!r}")
     elif is_tensor(part) or (type(part).__hash__ is object.__hash__ and not _is_one_for_all(part)):
         kind = type(part).__name__
-        raise TypeError(f"a key must not hold a {kind}, which is equal to nothing but itself, got {key!r}")
+        raise TypeError(f"key: expected no {kind} in it, which is equal to nothing but itself, got {key!r}")
 
 
 def _is_one_for_all(part: object) -> bool:

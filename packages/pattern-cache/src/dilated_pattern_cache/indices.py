@@ -34,7 +34,7 @@ def dilated_indices(key: DilatedIndexKey) -> DilatedIndices:
     ((tensor([0, 2, 4, 6, 8]), tensor([1, 3, 5, 7, 9])),)
     """
     if key.semantics != "paper":
-        raise ValueError(f"indices are made for semantics='paper' only, got {key.semantics!r}")
+        raise ValueError(f"semantics: expected 'paper', for which indices are made, got {key.semantics!r}")
     return tuple(
         tuple(_positions(key.seq_len, length, rate, offset) for offset in range(min(rate, key.heads)))
         for length, rate in zip(key.segment_lengths, key.dilation_rates, strict=True)

@@ -7,17 +7,15 @@ texts are: ``1``, ``1.0`` and ``True``, which Python takes for equal, are not th
 from __future__ import annotations
 
 import math
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from itertools import pairwise
-from operator import index
 from typing import Any, ClassVar, TypeAlias
 
-Option: TypeAlias = "int | float | bool | str"
+from dilated_pattern_cache.checks import check_name, fraction, truth, whole
 
-_NAME = re.compile(r"[A-Za-z0-9.+-]+")
+Option: TypeAlias = "int | float | bool | str"
 
 
 class PatternKey(ABC):
@@ -58,6 +56,16 @@ class PatternKey(ABC):
 class DilatedIndexKey(PatternKey):
     """The positions that dilated attention visits: of all branches and heads of a layer.
 
+    Args:
+        seq_len: tokens.
+        segment_lengths: of the branches.
+        dilation_rates: of the branches.
+        heads: of queries.
+        semantics: of dilated attention.
+
+    Raises:
+        TypeError, ValueError: a field is no such number or name; the branches have no rate each.
+
     >>> key = DilatedIndexKey(65536, [2048, 4096], [1, 2], heads=8)
     >>> print(key)
     dilated_s65536_seg2048-4096_dil1-2_h8_paper
@@ -73,9 +81,9 @@ class DilatedIndexKey(PatternKey):
     semantics: str = "paper"
 
     def __post_init__(self) -> None:
-        self._set(seq_len=_whole("seq_len", self.seq_len, least=0), heads=_whole("heads", self.heads))
+        self._set(seq_len=whole("seq_len", self.seq_len, least=0), heads=whole("heads", self.heads))
         self._set(**_branches(self.segment_lengths, self.dilation_rates))
-        _check_name("semantics", self.semantics)
+        check_name("semantics", self.semantics)
         super().__post_init__()
 
     def text(self) -> str:
@@ -111,14 +119,14 @@ class BlockLayoutKey(PatternKey):
     options: tuple[tuple[str, Option], ...] = ()
 
     def __post_init__(self) -> None:
-        _check_name("pattern", self.pattern)
+        check_name("pattern", self.pattern)
         if self.ratio is not None:
-            self._set(ratio=_fraction("ratio", self.ratio))
+            self._set(ratio=fraction("ratio", self.ratio))
         self._set(
-            seq_len=_whole("seq_len", self.seq_len, least=0),
+            seq_len=whole("seq_len", self.seq_len, least=0),
             block_size=_block_size(self.block_size),
-            heads=_whole("heads", self.heads),
-            is_causal=_truth("is_causal", self.is_causal),
+            heads=whole("heads", self.heads),
+            is_causal=truth("is_causal", self.is_causal),
             options=_options(self.options),
         )
         super().__post_init__()
@@ -156,13 +164,13 @@ class BlockMaskKey(PatternKey):
     options: tuple[tuple[str, Option], ...] = ()
 
     def __post_init__(self) -> None:
-        _check_name("mask", self.mask)
+        check_name("mask", self.mask)
         for name in ("batch", "heads"):
             if (value := getattr(self, name)) is not None:
-                self._set(**{name: _whole(name, value)})
+                self._set(**{name: whole(name, value)})
         self._set(
-            q_len=_whole("q_len", self.q_len, least=0),
-            kv_len=_whole("kv_len", self.kv_len, least=0),
+            q_len=whole("q_len", self.q_len, least=0),
+            kv_len=whole("kv_len", self.kv_len, least=0),
             block_size=_block_size(self.block_size),
             options=_options(self.options),
         )
@@ -204,21 +212,21 @@ class CommunicationPlanKey(PatternKey):
     bounds: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        _check_name("semantics", self.semantics)
+        check_name("semantics", self.semantics)
         self._set(
-            seq_len=_whole("seq_len", self.seq_len, least=0),
-            heads=_whole("heads", self.heads),
-            world_size=_whole("world_size", self.world_size),
-            is_causal=_truth("is_causal", self.is_causal),
+            seq_len=whole("seq_len", self.seq_len, least=0),
+            heads=whole("heads", self.heads),
+            world_size=whole("world_size", self.world_size),
+            is_causal=truth("is_causal", self.is_causal),
             **_branches(self.segment_lengths, self.dilation_rates),
         )
         if self.bounds is not None:
-            bounds = tuple(_whole("bounds", bound, least=0) for bound in self.bounds)
+            bounds = tuple(whole("bounds", bound, least=0) for bound in self.bounds)
             if len(bounds) != self.world_size + 1 or bounds[0] != 0 or bounds[-1] != self.seq_len:
                 expected = f"world_size + 1 = {self.world_size + 1} positions from 0 to seq_len={self.seq_len}"
-                raise ValueError(f"bounds must be {expected}, got {bounds}")
+                raise ValueError(f"bounds: expected {expected}, got {bounds}")
             if any(first > last for first, last in pairwise(bounds)):
-                raise ValueError(f"bounds must not fall, got {bounds}")
+                raise ValueError(f"bounds: expected positions that do not fall, got {bounds}")
             self._set(bounds=bounds)
         super().__post_init__()
 
@@ -233,45 +241,12 @@ class CommunicationPlanKey(PatternKey):
 # -------------------------------------------------------------------------------------------------- checks
 
 
-def _whole(name: str, value: Any, least: int = 1) -> int:
-    try:
-        number = index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise TypeError(f"{name} must be a whole number, got {value!r}")
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}")
-    return number
-
-
-def _truth(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {value!r}")
-    return value
-
-
-def _fraction(name: str, value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must lie between 0 and 1, got {value}")
-    return float(value) + 0.0  # -0.0 is 0.0
-
-
-def _check_name(name: str, value: Any) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a name, got {value!r}")
-    if not _NAME.fullmatch(value):
-        raise ValueError(f"{name} must consist of letters, digits, '.', '+' and '-', got {value!r}")
-
-
 def _branches(segment_lengths: Iterable[int], dilation_rates: Iterable[int]) -> dict[str, tuple[int, ...]]:
-    lengths = tuple(_whole("segment_lengths", length) for length in segment_lengths)
-    rates = tuple(_whole("dilation_rates", rate) for rate in dilation_rates)
+    lengths = tuple(whole("segment_lengths", length) for length in segment_lengths)
+    rates = tuple(whole("dilation_rates", rate) for rate in dilation_rates)
     if not lengths or len(lengths) != len(rates):
         raise ValueError(
-            "segment_lengths and dilation_rates must have one entry for every branch, "
+            "segment_lengths, dilation_rates: expected one entry of each for every branch, "
             f"got {len(lengths)} and {len(rates)}"
         )
     return {"segment_lengths": lengths, "dilation_rates": rates}
@@ -280,24 +255,24 @@ def _branches(segment_lengths: Iterable[int], dilation_rates: Iterable[int]) -> 
 def _block_size(value: Any) -> tuple[int, int]:
     sizes = tuple(value) if isinstance(value, tuple | list) else (value, value)
     if len(sizes) != 2:
-        raise ValueError(f"block_size must be a number of tokens or (rows, columns), got {value!r}")
-    return _whole("block_size", sizes[0]), _whole("block_size", sizes[1])
+        raise ValueError(f"block_size: expected a number of tokens or (rows, columns), got {value!r}")
+    return whole("block_size", sizes[0]), whole("block_size", sizes[1])
 
 
 def _options(value: Any) -> tuple[tuple[str, Option], ...]:
     pairs = list(value.items() if isinstance(value, Mapping) else value)
     for name, option in pairs:
         if not isinstance(name, str) or not name.isidentifier():
-            raise ValueError(f"options must be named like Python's arguments, got {name!r}")
+            raise ValueError(f"options: expected names like those of Python's arguments, got {name!r}")
         if isinstance(option, str):
-            _check_name(f"options[{name!r}]", option)
+            check_name(f"options[{name!r}]", option)
         elif not isinstance(option, int | float):
-            raise TypeError(f"options[{name!r}] must be a number, True, False or a name, got {option!r}")
+            raise TypeError(f"options[{name!r}]: expected a number, True, False or a name, got {option!r}")
         elif math.isnan(option):
-            raise ValueError(f"options[{name!r}] must not be NaN, which is not even equal to itself")
+            raise ValueError(f"options[{name!r}]: expected a number that equals itself, got NaN")
     names = [name for name, _ in pairs]
     if len(set(names)) < len(names):
-        raise ValueError(f"options must have different names, got {names}")
+        raise ValueError(f"options: expected different names, got {names}")
     return tuple(sorted((name, option) for name, option in pairs))
 
 

@@ -61,7 +61,7 @@ class GreedyDualSize:
         self.clock: Callable[[], float] = partial(_first, self._inflation, 0)
 
     def rank(self, entry: Entry) -> float:
-        """H."""
+        """The value of H now."""
         return entry.used + (1 + entry.tally.value) * entry.seconds / max(entry.nbytes, 1)
 
     def evicted(self, entry: Entry) -> None:

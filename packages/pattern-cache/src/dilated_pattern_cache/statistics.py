@@ -23,8 +23,10 @@ class CacheInfo:
         failures: calls of ``create`` that raised, or returned what others could not use.
         evictions: values that left because of a limit. Copies on devices count on their own, in ``devices``.
         rejections: values that ``get_or_create`` returned and could not keep: too large, or all else is pinned.
-        entries, max_entries: how many there are, and may be.
-        nbytes, max_bytes: of their memory; memory that several values share counts once.
+        entries: how many there are.
+        max_entries: how many there may be; None for any number.
+        nbytes: of their memory; memory that several values share counts once.
+        max_bytes: how many bytes there may be; None for any amount.
         seconds_spent: in ``create``.
         seconds_saved: by hits: for every one, what the value took to make. Of entries that are gone, too.
         devices: the copies on every device, by its name.
@@ -64,7 +66,15 @@ class CacheInfo:
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """The copies on one device. Attributes: as in ``CacheInfo``; copies: how many were made."""
+    """The copies on one device.
+
+    Attributes:
+        entries: how many there are.
+        nbytes: of their memory.
+        max_bytes: how many bytes there may be; None for any amount.
+        copies: how many were made.
+        evictions: how many left because of the limit.
+    """
 
     entries: int
     nbytes: int
@@ -125,7 +135,8 @@ class WarmReport:
     """What ``warm`` did.
 
     Attributes:
-        created, found: how many values it made, and how many were there.
+        created: how many values it made.
+        found: how many values were there.
         rejected: how many were made and could not be kept.
         evicted: how many entries left meanwhile: the limits are too narrow for all that is warmed.
         seconds: how long it took.

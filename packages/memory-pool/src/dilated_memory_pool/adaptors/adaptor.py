@@ -13,8 +13,9 @@ class Adaptor:
 
     Attributes:
         upstream: as given.
-        name, device, addressable, granule, total_bytes, streams: the upstream's.
         reasons: the upstream's, to which an adaptor adds its own.
+
+    ``name``, ``device``, ``addressable``, ``granule``, ``total_bytes`` and ``streams`` are the upstream's.
 
     Raises:
         TypeError: ``upstream`` is no backend.
@@ -22,7 +23,7 @@ class Adaptor:
 
     def __init__(self, upstream: Backend) -> None:
         if not callable(getattr(upstream, "allocate", None)):
-            raise TypeError(f"upstream must be a backend or an adaptor, got {upstream!r}")
+            raise TypeError(f"upstream: expected a backend or an adaptor, got {upstream!r}")
         self.upstream = upstream
         self.name: str = upstream.name
         self.device: str = upstream.device

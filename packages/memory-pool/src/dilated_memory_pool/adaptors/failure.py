@@ -40,7 +40,7 @@ class FailureCallbackAdaptor(Adaptor):
 
     def __init__(self, upstream: Backend, callback: Callable[[int, MemoryError], bool]) -> None:
         if not callable(callback):
-            raise TypeError(f"callback must be callable with (nbytes, error), got {callback!r}")
+            raise TypeError(f"callback: expected a callable with (nbytes, error), got {callback!r}")
         super().__init__(upstream)
         self.reasons += ("failure callback adaptor: asks the program before memory is refused",)
         self._callback = callback

@@ -11,7 +11,12 @@ from dilated_memory_pool.backends import Backend, Memory
 
 
 class InjectedFault(NamedTuple):
-    """Attributes: call: its number; nbytes: what it asked for."""
+    """A call that was failed.
+
+    Attributes:
+        call: its number, the first being 1.
+        nbytes: what it asked for.
+    """
 
     call: int
     nbytes: int
@@ -50,9 +55,9 @@ class FaultInjectionAdaptor(Adaptor):
         error: type[BaseException] = MemoryError,
     ) -> None:
         if not callable(fail) and not isinstance(fail, Collection):
-            raise TypeError(f"fail must be a set of call numbers or callable with (number, nbytes), got {fail!r}")
+            raise TypeError(f"fail: expected a set of call numbers or a callable with (number, nbytes), got {fail!r}")
         if not (isinstance(error, type) and issubclass(error, BaseException)):
-            raise TypeError(f"error must be a type of exception, got {error!r}")
+            raise TypeError(f"error: expected a type of exception, got {error!r}")
         super().__init__(upstream)
         self.reasons += ("fault injection adaptor: some allocations fail on purpose",)
         self.failed: list[InjectedFault] = []

@@ -58,7 +58,7 @@ class LimitingAdaptor(Adaptor):
         super().__init__(upstream)
         budget = parse_limit(limit, upstream.total_bytes)
         if budget is None:
-            raise TypeError("limit must be a number of bytes, text such as '2GiB' or a fraction, got None")
+            raise TypeError("limit: expected a number of bytes, text such as '2GiB' or a fraction, got None")
         self.limit = budget
         self.total_bytes = min(budget, upstream.total_bytes)
         self.reasons += (f"limiting adaptor: {format_bytes(budget)} for all pools on it",)

@@ -34,7 +34,7 @@ class SharedBackend(FailureCallbackAdaptor):
         limit: in bytes; None for no limit.
 
     Raises:
-        TypeError, ValueError: ``limit`` is none.
+        TypeError, ValueError: ``upstream`` is no backend, or ``limit`` no limit.
 
     >>> from dilated_memory_pool import MemoryPool
     >>> from dilated_memory_pool.backends import HostBackend
@@ -84,7 +84,7 @@ class SharedBackend(FailureCallbackAdaptor):
         self._give_back(self._budget.used_bytes - self._budget.limit)
 
     def failure(self, last: PoolMemoryError) -> PoolMemoryError:
-        """What one pool raised, with the numbers of all of them."""
+        """What one pool raised, ``last``, as an error with the numbers of all of them."""
         limited = isinstance(last, PoolLimitError) or isinstance(last.__cause__, PoolLimitError)
         return self._refusal(PoolLimitError if limited else PoolMemoryError, last.requested, last.why)
 

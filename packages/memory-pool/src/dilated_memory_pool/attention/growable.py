@@ -33,6 +33,12 @@ class GrowableBuffer:
         capacity: rows to make room for before the first is appended.
         growth: how many times larger it gets when it is full, above 1.
 
+    Attributes:
+        row_shape: as given, as a tuple.
+        dim: as given, counted from the front.
+        dtype: of the rows.
+        device: of the rows.
+
     Raises:
         TypeError, ValueError: an argument is none of the above.
     """
@@ -50,15 +56,15 @@ class GrowableBuffer:
     ) -> None:
         self._torch = import_torch()
         if not isinstance(row_shape, Sequence):
-            raise TypeError(f"shape_of_row must be whole numbers, got {row_shape!r}")
-        self.row_shape = tuple(_count(length, "shape_of_row") for length in row_shape)
+            raise TypeError(f"row_shape: expected a sequence of whole numbers, got {row_shape!r}")
+        self.row_shape = tuple(_count(length, "row_shape") for length in row_shape)
         rank = len(self.row_shape) + 1
         place = _whole(dim, "dim")
         if not -rank <= place < rank:
-            raise ValueError(f"dim must lie in [{-rank}, {rank - 1}] for rows of {self.row_shape}, got {dim}")
+            raise ValueError(f"dim: expected one in [{-rank}, {rank - 1}] for rows of {self.row_shape}, got {dim}")
         self.dim = place % rank
         if dtype is not None and not isinstance(dtype, self._torch.dtype):
-            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+            raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r}")
         self.dtype: torch.dtype = self._torch.get_default_dtype() if dtype is None else dtype
         self.device: torch.device = self._torch.device(device)
         self._empty, self._growth = empty, growth
@@ -114,7 +120,7 @@ class GrowableBuffer:
             kept = _whole(length, "length")
             memory, now = self._kept
             if not 0 <= kept <= now:
-                raise ValueError(f"length must lie in [0, {now}], got {length}")
+                raise ValueError(f"length: expected one in [0, {now}], got {length}")
             self._kept = memory, kept
 
     def clear(self) -> None:
@@ -130,19 +136,21 @@ class GrowableBuffer:
 
     def _check(self, rows: torch.Tensor) -> None:
         if not isinstance(rows, self._torch.Tensor):
-            raise TypeError(f"rows must be a tensor, got {type(rows).__name__}")
+            raise TypeError(f"rows: expected a tensor, got {type(rows).__name__}")
         shape = tuple(rows.shape)
         if len(shape) != len(self.row_shape) + 1 or shape[: self.dim] + shape[self.dim + 1 :] != self.row_shape:
             expected = [*map(str, self.row_shape)]
             expected.insert(self.dim, "n")
-            raise ValueError(f"rows must have the shape ({', '.join(expected)}), got {shape}")
+            raise ValueError(f"rows: expected the shape ({', '.join(expected)}), got {shape}")
         if rows.dtype != self.dtype or rows.device != self.device:
             raise ValueError(
-                f"rows must be {self.dtype} on {self.device}, got {rows.dtype} on {rows.device}: "
+                f"rows: expected {self.dtype} on {self.device}, got {rows.dtype} on {rows.device}: "
                 "convert them where it can be seen"
             )
         if rows.requires_grad:
-            raise ValueError("rows require a gradient, and none flows through this buffer: append rows.detach()")
+            raise ValueError(
+                "rows: expected none that require a gradient, which does not flow through here: append rows.detach()"
+            )
 
     def _grown(self, needed: int) -> torch.Tensor:
         """The rows, with room for ``needed``, and for more where the memory allows it."""
@@ -166,10 +174,10 @@ def _whole(value: int, name: str) -> int:
     try:
         return operator.index(value)
     except TypeError as error:
-        raise TypeError(f"{name} must be a whole number, got {value!r}") from error
+        raise TypeError(f"{name}: expected a whole number, got {value!r}") from error
 
 
 def _count(value: int, name: str) -> int:
     if _whole(value, name) < 0:
-        raise ValueError(f"{name} must not be negative, got {value}")
+        raise ValueError(f"{name}: expected at least 0, got {value}")
     return _whole(value, name)

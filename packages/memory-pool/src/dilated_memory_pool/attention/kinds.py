@@ -28,7 +28,7 @@ class BufferKind(str, Enum):
         """The kind of that name in another case; TypeError or ValueError where there is none."""
         names = [kind.value for kind in cls]
         if not isinstance(value, str):
-            raise TypeError(f"kind must be a BufferKind or one of {names}, got {value!r}")
+            raise TypeError(f"kind: expected a BufferKind or one of {names}, got {value!r}")
         if value.lower() not in names:
-            raise ValueError(f"kind must be one of {names}, got {value!r}")
+            raise ValueError(f"kind: expected one of {names}, got {value!r}")
         return cls(value.lower())

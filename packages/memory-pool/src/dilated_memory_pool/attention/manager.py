@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KindAllocator:
-    """Tensors of one kind: what ``dilated_attention(allocator=...)`` and its like take."""
+    """Tensors of one kind: what ``dilated_attention(allocator=...)`` and its like take.
+
+    Attributes:
+        manager: whose tensors they are.
+        kind: of them all.
+    """
 
     manager: AttentionBufferManager
     kind: BufferKind
@@ -145,13 +150,13 @@ class AttentionBufferManager:
         allocator = self.allocator(kind)
         if not self._pools.policies[allocator.kind].shared:
             kinds = [kind.value for kind, policy in self._pools.policies.items() if policy.shared]
-            raise ValueError(f"kind must be one whose policy has shared=True, {kinds} here, got {kind!r}")
+            raise ValueError(f"kind: expected one whose policy has shared=True, {kinds} here, got {kind!r}")
         if import_torch().compiler.is_compiling():
             return create(allocator.empty)
         try:
             hash(key)
         except TypeError as error:
-            raise TypeError(f"key must be hashable, got {key!r}") from error
+            raise TypeError(f"key: expected a hashable one, got {key!r}") from error
         pool = self._pools.get(allocator.kind)
         tensor = self._shared.get((allocator.kind, key), lambda: make_in(pool, allocator.empty, create))
         streams = pool.backend.streams
@@ -161,7 +166,7 @@ class AttentionBufferManager:
 
     def growable(
         self,
-        shape_of_row: Sequence[int],
+        row_shape: Sequence[int],
         *,
         dtype: torch.dtype | None = None,
         dim: int = 0,
@@ -171,7 +176,7 @@ class AttentionBufferManager:
         """A tensor that rows are appended to. See ``GrowableBuffer``.
 
         Args:
-            shape_of_row: of the whole, without ``dim``.
+            row_shape: of the whole, without ``dim``.
             dtype: of the rows; PyTorch's default by default.
             dim: where the rows lie in the shape of the whole.
             capacity: rows to make room for now.
@@ -193,10 +198,10 @@ class AttentionBufferManager:
         growth = self._pools.policies[allocator.kind].growth
         if growth is None:
             kinds = [kind.value for kind, policy in self._pools.policies.items() if policy.growth is not None]
-            raise ValueError(f"kind must be one whose policy has growth, {kinds} here, got {kind!r}")
+            raise ValueError(f"kind: expected one whose policy has growth, {kinds} here, got {kind!r}")
         place = self._pools.get(allocator.kind).device
         return GrowableBuffer(
-            allocator.empty, shape_of_row, dtype=dtype, device=place, dim=dim, capacity=capacity, growth=growth
+            allocator.empty, row_shape, dtype=dtype, device=place, dim=dim, capacity=capacity, growth=growth
         )
 
     # ------------------------------------------------------------------------------------------ ownership
@@ -213,7 +218,7 @@ class AttentionBufferManager:
         """
         kind = self.kind_of(owner)
         if kind is None:
-            raise ValueError("record_stream was given memory that is not of this manager")
+            raise ValueError("owner: expected memory of this manager, got other")
         pool = self._pools.made[kind]
         backend_of(pool).record_stream(pool, owner, stream)
 

@@ -29,7 +29,9 @@ class BufferPolicy:
     Attributes:
         backend: "device" for the manager's own, "host", "pinned", "cupy", "torch", or a backend object; of a tuple of
             these the first that this machine has.
-        mode, size_classes, min_bytes: as in ``MemoryPool``.
+        mode: as in ``MemoryPool``.
+        size_classes: as in ``MemoryPool``.
+        min_bytes: as in ``MemoryPool``.
         arena_bytes: full mode: the least to ask of the backend at a time. By default no more than the request, since
             what one kind holds in advance is missing to the others under their common limit.
         growth: how many times larger a growable buffer gets when it is full; None where the kind has none.
@@ -56,23 +58,23 @@ class BufferPolicy:
 
     def __post_init__(self) -> None:
         if not self.backends:
-            raise ValueError("backend must name one backend or more, got ()")
+            raise ValueError("backend: expected one or more, got ()")
         for backend in self.backends:
             if isinstance(backend, str) and backend not in _BACKENDS:
-                raise ValueError(f"backend must be one of {list(_BACKENDS)} or a backend object, got {backend!r}")
+                raise ValueError(f"backend: expected one of {list(_BACKENDS)} or a backend object, got {backend!r}")
         if self.mode not in ("lightweight", "full"):
-            raise ValueError(f"mode must be 'lightweight' or 'full', got {self.mode!r}")
+            raise ValueError(f"mode: expected 'lightweight' or 'full', got {self.mode!r}")
         if self.size_classes is not None:
             sizes.size_classes(self.size_classes)
         least = parse_bytes(self.min_bytes, "min_bytes")
         if self.arena_bytes is not None:
             parse_bytes(self.arena_bytes, "arena_bytes")
             if self.mode == "lightweight":
-                raise ValueError("arena_bytes has no effect in lightweight mode, where every block is its own arena")
+                raise ValueError(f"arena_bytes: expected None in lightweight mode, got {self.arena_bytes!r}")
         if self.growth is not None:
             _check_growth(self.growth)
         if self.shared and least:
-            raise ValueError(f"shared needs min_bytes=0, got min_bytes={self.min_bytes!r}")
+            raise ValueError(f"min_bytes: expected 0 beside shared=True, got {self.min_bytes!r}")
 
     @property
     def backends(self) -> tuple[str | Backend, ...]:
@@ -82,9 +84,9 @@ class BufferPolicy:
 
 def _check_growth(growth: float) -> None:
     if isinstance(growth, bool) or not isinstance(growth, (int, float)):
-        raise TypeError(f"growth must be a number, got {growth!r}")
+        raise TypeError(f"growth: expected a number, got {growth!r}")
     if not 1 < growth < math.inf:
-        raise ValueError(f"growth must be a finite factor above 1, got {growth}")
+        raise ValueError(f"growth: expected a finite factor above 1, got {growth}")
 
 
 _PROJECTION = BufferPolicy(

@@ -39,7 +39,7 @@ class KindPools:
         self._limit, self._index = limit, device
         if isinstance(self.chosen, SharedBackend):
             if limit is not None:
-                raise ValueError(f"limit must be None beside a SharedBackend, which has its own, got {limit!r}")
+                raise ValueError(f"limit: expected None beside a SharedBackend, which has its own, got {limit!r}")
             shared = self.chosen
         else:
             shared = SharedBackend(self.chosen, limit)
@@ -125,9 +125,9 @@ def _complete(
     for name, policy in policies.items():
         kind = BufferKind(name)
         if not isinstance(policy, BufferPolicy):
-            raise TypeError(f"policies must hold a BufferPolicy for {kind.value}, got {policy!r}")
+            raise TypeError(f"policies[{kind.value!r}]: expected a BufferPolicy, got {policy!r}")
         if kind in given:
-            raise ValueError(f"policies holds {kind.value} twice, in different case")
+            raise ValueError(f"policies: expected each kind once, got {kind.value} twice, in different case")
         given.add(kind)
         complete[kind] = policy
     return complete

@@ -128,9 +128,11 @@ def make_in(
     with torch.inference_mode(False), torch.no_grad():
         tensor = create(empty)
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
-            raise TypeError(f"create must return a dense tensor, got {tensor!r}")
+            raise TypeError(f"create: expected a function that returns a dense tensor, got one that returns {tensor!r}")
         if tensor.requires_grad:
-            raise ValueError("a shared tensor cannot require a gradient: return tensor.detach()")
+            raise ValueError(
+                "create: expected a tensor that requires no gradient, got one that does: return tensor.detach()"
+            )
         if tensor.is_inference() or not lies_in(pool, tensor):
             tensor = empty(tensor.shape, dtype=tensor.dtype).copy_(tensor)
     shared = lies_in(pool, tensor)

@@ -23,7 +23,7 @@ def choose(backend: str | Backend, device: int | None) -> tuple[Backend, str]:
     """
     if not isinstance(backend, str):
         if device is not None:
-            raise ValueError(f"device belongs to a backend given by name, got device={device} beside {backend!r}")
+            raise ValueError(f"device: expected None beside a backend object, got {device} beside {backend!r}")
         return backend, f"backend: {backend.name}, as given"
     makers: dict[str, Callable[[], Backend]] = {
         "host": HostBackend,
@@ -37,14 +37,14 @@ def choose(backend: str | Backend, device: int | None) -> tuple[Backend, str]:
             f"backend: {name}, because {why}"
         )
     if backend not in makers:
-        raise ValueError(f"backend must be one of {['auto', *makers]} or a backend object, got {backend!r}")
+        raise ValueError(f"backend: expected one of {['auto', *makers]} or a backend object, got {backend!r}")
     if backend == "host" and device is not None:
         _refuse_device(device)
     return makers[backend](), f"backend: {backend}, as asked"
 
 
 def _refuse_device(device: int) -> Backend:
-    raise ValueError(f"device names a CUDA device and this pool's memory is the host's, got device={device}")
+    raise ValueError(f"device: expected None for memory of the host, got {device}")
 
 
 def _best() -> tuple[str, str]:

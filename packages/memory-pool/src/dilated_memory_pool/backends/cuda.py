@@ -218,7 +218,7 @@ def handle_of(stream: object) -> int:
         found = stream.ptr
     if not isinstance(found, int) or isinstance(found, bool):
         raise TypeError(
-            "stream must be a torch.cuda.Stream, a cupy.cuda.Stream, an object with __cuda_stream__ or a handle, "
+            "stream: expected a torch.cuda.Stream, a cupy.cuda.Stream, an object with __cuda_stream__ or a handle, "
             f"got {stream!r}"
         )
     return canonical(found)
@@ -227,9 +227,11 @@ def handle_of(stream: object) -> int:
 def canonical(handle: int) -> int:
     """One handle for each stream. ValueError as ``handle_of``."""
     if handle < 0:
-        raise ValueError(f"the handle of a stream cannot be negative, got {handle}")
+        raise ValueError(f"stream: expected a handle of at least 0, got {handle}")
     if handle == _PER_THREAD_STREAM:
-        raise ValueError("the per-thread default stream is another one in every thread: use a stream of your own")
+        raise ValueError(
+            "stream: expected one stream, got the per-thread default stream, which is another one in every thread"
+        )
     return 0 if handle == _LEGACY_STREAM else handle
 
 
@@ -244,7 +246,7 @@ def keep(stream: object, kept: dict[int, object], index: int) -> int:
     # PyTorch's streams know their device, CuPy's its index, which is -1 for the default stream of any.
     of = getattr(getattr(stream, "device", None), "index", getattr(stream, "device_id", None))
     if of not in (None, -1, index):
-        raise ValueError(f"stream must be one of cuda:{index}, where the memory is, got one of cuda:{of}: {stream!r}")
+        raise ValueError(f"stream: expected one of cuda:{index}, where the memory is, got one of cuda:{of}: {stream!r}")
     kept.setdefault(handle, stream)
     return handle
 
@@ -262,7 +264,7 @@ def device_index(device: int | None, count: int, current: Callable[[], int]) -> 
     if device is None:
         return current()
     if not isinstance(device, int) or isinstance(device, bool):
-        raise TypeError(f"device must be the index of a CUDA device, got {device!r}")
+        raise TypeError(f"device: expected the index of a CUDA device, got {device!r}")
     if not 0 <= device < count:
-        raise ValueError(f"device must be one of {list(range(count))}, got {device}")
+        raise ValueError(f"device: expected one of {list(range(count))}, got {device}")
     return device

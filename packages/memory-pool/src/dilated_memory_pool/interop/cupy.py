@@ -37,7 +37,7 @@ def empty(pool: MemoryPool, shape: int | Sequence[int], dtype: object = float) -
     cupy = import_cupy("interop.cupy.empty")
     sizes = (shape,) if isinstance(shape, int) else tuple(shape)
     if any(size < 0 for size in sizes):
-        raise ValueError(f"shape must not be negative, got {sizes}")
+        raise ValueError(f"shape: expected no negative length, got {sizes}")
     kind = cupy.dtype(dtype)
     with cupy.cuda.Device(index):
         pointer = _allocate(cupy, pool, index, math.prod(sizes) * kind.itemsize)

@@ -47,10 +47,10 @@ def take_in(pool: MemoryPool, exporter: Any) -> torch.Tensor:
         source = exporter.detach()
     elif hasattr(exporter, "__dlpack__") and hasattr(exporter, "__dlpack_device__"):
         if min(getattr(exporter, "strides", None) or (), default=0) < 0:  # PyTorch ends the process at these
-            raise BufferError(f"exporter must not have negative strides, got {exporter.strides}: copy it first")
+            raise BufferError(f"exporter: expected no negative strides, got {exporter.strides}: copy it first")
         source = torch.from_dlpack(exporter)
     else:
-        raise TypeError(f"exporter must have __dlpack__ and __dlpack_device__, got {type(exporter).__name__}")
+        raise TypeError(f"exporter: expected __dlpack__ and __dlpack_device__, got {type(exporter).__name__}")
     return pool.empty(source.shape, dtype=source.dtype).copy_(source)
 
 

@@ -49,17 +49,17 @@ def empty(
     except ImportError as error:
         raise ImportError('arrays need NumPy: pip install "dilated-memory-pool[numpy]"') from error
     if not pool.backend.addressable:
-        raise ValueError(f"a NumPy array needs memory that the host can address, got a pool on {pool.device}")
+        raise ValueError(f"pool: expected one of memory that the host can address, got one on {pool.device}")
     kind = numpy.dtype(dtype)
     if kind.hasobject:
-        raise TypeError(f"dtype must be one that plain memory can hold, got {kind!r}")
+        raise TypeError(f"dtype: expected one that plain memory can hold, got {kind!r}")
     lengths = shape if isinstance(shape, Sequence) else (shape,)
     try:
         sizes = tuple(map(operator.index, lengths))
     except TypeError:
-        raise TypeError(f"shape must be an int or a sequence of ints, got {shape!r}") from None
+        raise TypeError(f"shape: expected an int or a sequence of ints, got {shape!r}") from None
     if min(sizes, default=0) < 0:
-        raise ValueError(f"shape must not be negative, got {sizes}")
+        raise ValueError(f"shape: expected no negative length, got {sizes}")
     block: Any = pool.allocate(math.prod(sizes) * kind.itemsize)
     array: np.ndarray[Any, Any] = numpy.ndarray(sizes, kind, block)
     return array

@@ -130,10 +130,10 @@ class TensorMaker:
         import torch
 
         if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+            raise TypeError(f"dtype: expected a torch.dtype, got {dtype!r}")
         if dtype not in self._itemsize:
             if torch.empty(0, dtype=dtype).is_quantized:
-                raise TypeError(f"dtype must not be a quantized one, got {dtype}")
+                raise TypeError(f"dtype: expected one that is not quantized, got {dtype}")
             self._itemsize[dtype] = dtype.itemsize
         lengths = size if isinstance(size, (tuple, list)) else (size,)
         try:
@@ -141,13 +141,13 @@ class TensorMaker:
         except TypeError:
             shape = None
         if shape is None:
-            raise TypeError(f"size must be an int or a tuple of ints, got {size!r}")
+            raise TypeError(f"size: expected an int or a tuple of ints, got {size!r}")
         if min(shape, default=0) < 0:
-            raise ValueError(f"size must not be negative, got {shape}")
+            raise ValueError(f"size: expected no negative length, got {shape}")
         count = math.prod(shape)
         nbytes = count * self._itemsize[dtype]
         if max(nbytes, *shape, 0) > sys.maxsize:
-            raise ValueError(f"size must be one that memory can have, got {shape} of {dtype}")
+            raise ValueError(f"size: expected one that memory can have, got {shape} of {dtype}")
         return shape, count, nbytes
 
     def _same_device(self, device: torch.device | str) -> bool:
@@ -163,7 +163,7 @@ class TensorMaker:
             index = torch.cuda.current_device()
         if wanted.type == own.type and (own.index is None or index == own.index):
             return True
-        raise ValueError(f"this pool's tensors live on {own}, got device={wanted}")
+        raise ValueError(f"device: expected {own}, where this pool's tensors live, got {wanted}")
 
 
 def bytes_of(span: Span, nbytes: int, owner: object) -> torch.Tensor:

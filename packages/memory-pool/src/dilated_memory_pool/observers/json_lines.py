@@ -68,7 +68,7 @@ class JsonLinesLog:
         elif callable(getattr(path_or_file, "write", None)):
             self._put = partial(_put_text, path_or_file)
         else:
-            raise TypeError(f"path_or_file must be a path or a text file open for writing, got {path_or_file!r}")
+            raise TypeError(f"path_or_file: expected a path or a text file open for writing, got {path_or_file!r}")
         start = datetime.now(timezone.utc).isoformat()
         self._start = self._written = time.monotonic()
         self._lines.append(json.dumps({"format": _FORMAT, "version": __version__, "pid": self._pid, "start": start}))
@@ -126,7 +126,12 @@ class JsonLinesLog:
 
 
 class LoggedEvent(NamedTuple):
-    """Attributes: time: seconds since the log's start; event."""
+    """An event of a log.
+
+    Attributes:
+        time: seconds since the log's start.
+        event: what happened.
+    """
 
     time: float
     event: PoolEvent

@@ -21,7 +21,13 @@ _PACKAGE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__
 
 
 class Frame(NamedTuple):
-    """One line of a stack."""
+    """One line of a stack.
+
+    Attributes:
+        filename: of the source.
+        lineno: the line in it.
+        name: of the function.
+    """
 
     filename: str
     lineno: int
@@ -38,7 +44,13 @@ Stack: TypeAlias = tuple[Frame, ...]
 
 @dataclass(frozen=True)
 class Allocation:
-    """Attributes: stack: innermost frame first; count: live allocations made there; requested_bytes: of them all."""
+    """What is alive of one stack.
+
+    Attributes:
+        stack: innermost frame first.
+        count: live allocations made there.
+        requested_bytes: bytes that they asked for, all together.
+    """
 
     stack: Stack
     count: int
@@ -72,7 +84,7 @@ class LeakTracker:
 
     def __init__(self, depth: int = 16) -> None:
         if not isinstance(depth, int) or depth < 1:
-            raise ValueError(f"depth must be a positive whole number of frames, got {depth!r}")
+            raise ValueError(f"depth: expected a positive whole number of frames, got {depth!r}")
         self._depth = depth
         # Only ever changed by one atomic step, so that no lock is needed.
         self._live: dict[int, tuple[Stack, int]] = {}
@@ -105,7 +117,11 @@ class LeakTracker:
         return "\n".join(lines)
 
     def assert_none(self, *pools: MemoryPool) -> None:
-        """AssertionError, with the report, where anything is alive."""
+        """See that nothing is alive.
+
+        Raises:
+            AssertionError: something is; with the report.
+        """
         if self.live(*pools):
             raise AssertionError(self.report())
 

@@ -20,9 +20,12 @@ class Counters:
     """Allocations and the bytes they asked for, from the moment the counters were made.
 
     Attributes:
-        current_count, current_bytes: alive now; below zero where a section freed what is older than itself.
-        peak_count, peak_bytes: their highest values.
-        total_count, total_bytes: of everything allocated, dead or alive.
+        current_count: allocations alive now; below zero where a section freed what is older than itself.
+        current_bytes: bytes of these.
+        peak_count: the highest ``current_count``.
+        peak_bytes: the highest ``current_bytes``.
+        total_count: everything allocated, dead or alive.
+        total_bytes: bytes of these.
     """
 
     current_count: int = 0

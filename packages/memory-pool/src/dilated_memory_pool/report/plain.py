@@ -42,5 +42,5 @@ def snapshot_of(pool: MemoryPool | PoolSnapshot) -> PoolSnapshot:
     from dilated_memory_pool.pool import MemoryPool
 
     if not isinstance(pool, MemoryPool):
-        raise TypeError(f"pool must be a MemoryPool or a PoolSnapshot, got {type(pool).__name__}")
+        raise TypeError(f"pool: expected a MemoryPool or a PoolSnapshot, got {type(pool).__name__}")
     return pool.snapshot()

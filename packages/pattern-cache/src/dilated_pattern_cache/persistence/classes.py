@@ -37,7 +37,7 @@ class Types:
             _check(kind)
             name = self._names.setdefault(kind, f"{kind.__module__}.{kind.__qualname__}")
             if self._by_name.setdefault(name, kind) is not kind:
-                raise ValueError(f"types has two classes of the name {name}")
+                raise ValueError(f"types: expected one class of a name, got two of the name {name}")
 
     def name_of(self, kind: type) -> str | None:
         """The name; None where the class is not among them."""
@@ -95,7 +95,7 @@ def _slots(kind: type) -> Iterator[str]:
 
 def _check(kind: Any) -> None:
     if not isinstance(kind, type) or not (is_dataclass(kind) or is_namedtuple(kind)):
-        raise TypeError(f"types must be dataclasses and NamedTuples, got {kind!r}")
+        raise TypeError(f"types: expected dataclasses and NamedTuples, got {kind!r}")
     makes: Callable[..., object] = kind.__new__
     if is_dataclass(kind) and makes is not object.__new__:
-        raise TypeError(f"types must not make their objects by a __new__ of their own, got {kind!r}")
+        raise TypeError(f"types: expected no class with a __new__ of its own, got {kind!r}")

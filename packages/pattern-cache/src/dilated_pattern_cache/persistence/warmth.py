@@ -28,7 +28,12 @@ V = TypeVar("V")
 
 @dataclass(frozen=True)
 class SaveReport:
-    """What ``save`` wrote. Attributes: entries: how many; nbytes: of the file."""
+    """What ``save`` wrote.
+
+    Attributes:
+        entries: how many.
+        nbytes: of the file.
+    """
 
     entries: int
     nbytes: int
@@ -237,7 +242,7 @@ def _put_all(cache: PatternCache[Any, Any], entries: list[_Loaded]) -> LoadRepor
 
 def _check(name: str, tag: str) -> None:
     if not isinstance(tag, str):
-        raise TypeError(f"tag must be a string, got {tag!r}")
+        raise TypeError(f"tag: expected a string, got {tag!r}")
     try:
         import_module("safetensors.torch")
     except ImportError as error:

@@ -102,7 +102,7 @@ class Maker:
     def _check(self, key: Hashable, create: object, device: Device | str | None) -> None:
         self._check_key(key)
         if not callable(create):
-            raise TypeError(f"create must be callable, got {create!r}")
+            raise TypeError(f"create: expected a callable, got {create!r}")
         if device is not None:
             devices.canonical(device)
 

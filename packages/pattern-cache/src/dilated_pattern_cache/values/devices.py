@@ -201,13 +201,13 @@ def _looked_up(device: object) -> torch.device:
         raise ImportError('device= needs PyTorch: pip install "dilated-pattern-cache[torch]"') from error
 
     if not isinstance(device, torch.device | str):
-        raise TypeError(f"device must be a torch.device or the name of one, got {device!r}")
+        raise TypeError(f"device: expected a torch.device or the name of one, got {device!r}")
     try:
         named = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"there is no device {device!r}") from error
+        raise ValueError(f"device: expected the name of one, got {device!r}") from error
     if named.type == "meta":
-        raise ValueError("there is nothing on the device 'meta': values cannot be copied there")
+        raise ValueError("device: expected one with memory, got 'meta'")
     is_cpu = named.type == "cpu"
     place = torch.device("cpu") if is_cpu else torch.device(named.type, _index(named))
     if is_cpu or place == named:

@@ -83,9 +83,9 @@ def measured_by(size_of: Callable[[Any], int]) -> Callable[[Any], dict[Hashable,
         except TypeError:
             nbytes = None
         if nbytes is None or isinstance(said, bool):
-            raise TypeError(f"size_of must return a number of bytes, got {said!r}")
+            raise TypeError(f"size_of: expected a function that returns bytes as an int, got one that returns {said!r}")
         if nbytes < 0:
-            raise ValueError(f"size_of must not return a negative number, got {nbytes}")
+            raise ValueError(f"size_of: expected a function that returns at least 0, got one that returns {nbytes}")
         return {object(): nbytes} if nbytes else {}
 
     return charges
