@@ -19,6 +19,8 @@ from typing import Any, get_origin
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = ROOT / "docs" / "reference"
+# Of a directive that documents something: its kind, what it names, and the members of a module ("" for all of them).
+DIRECTIVE = re.compile(r"^\.\. (auto\w+|currentmodule|py:data):: ([\w.]+)$(?:\n +:members:(.*)$)?", re.MULTILINE)
 FOLDERS = sorted(pyproject.parent.name for pyproject in ROOT.glob("packages/*/pyproject.toml"))
 
 
@@ -40,12 +42,16 @@ def documented(folder: str) -> dict[str, set[str]]:
     """
     page = (REFERENCE / f"{folder}.md").read_text()
     names: dict[str, set[str]] = defaultdict(set)
-    for module, members in re.findall(r"^\.\. automodule:: ([\w.]+)\n\s+:members:(.*)$", page, re.MULTILINE):
-        listed = {name.strip() for name in members.split(",")} - {""}
-        names[module] |= listed or public_names(importlib.import_module(module))
-    for path in re.findall(r"^\.\. auto(?:function|class|exception|data|attribute):: ([\w.]+)$", page, re.MULTILINE):
-        module, _, name = path.rpartition(".")
-        names[module].add(name)
+    here = ""
+    for directive, named, members in DIRECTIVE.findall(page):
+        if directive == "currentmodule":
+            here = named
+        elif directive == "automodule":
+            here = named
+            names[here] |= set(re.findall(r"\w+", members)) or public_names(importlib.import_module(here))
+        else:
+            module, _, name = named.rpartition(".")
+            names[module or here].add(name)
     return dict(names)
 
 
