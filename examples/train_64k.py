@@ -229,6 +229,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
     training = Training(create(), settings, arguments.seed)
     model, checkpoint = training.model, arguments.output / "checkpoint.pt"
+    if arguments.resume and not checkpoint.exists():
+        raise SystemExit(f"--resume: expected a checkpoint, found no {checkpoint}")
     if arguments.resume:
         training.load(checkpoint)
         print(f"resumed after {len(training.steps)} steps, {training.seconds:.0f} s")
@@ -299,6 +301,9 @@ def parse(command: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(command)
     if arguments.context < LEAST_CONTEXT or arguments.context % LEAST_CONTEXT:
         parser.error(f"--context: expected a multiple of {LEAST_CONTEXT}, got {arguments.context}")
+    for option, limit in (("--steps", arguments.steps), ("--minutes", arguments.minutes)):
+        if limit is not None and not limit > 0:
+            parser.error(f"{option}: expected a positive number, got {limit}")
     if arguments.steps is None and arguments.minutes is None:
         arguments.minutes = 10.0
     return arguments

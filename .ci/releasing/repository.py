@@ -111,12 +111,20 @@ class Repository:
         self.packages = {one.name: one for one in found}
 
     def git(self, *words: str, check: bool = True) -> subprocess.CompletedProcess[bytes]:
-        """Run git in the checkout; CalledProcessError carries what it said."""
+        """Run git in the checkout.
+
+        Raises:
+            RuntimeError: it failed, unless not `check`; with what it said.
+        """
         # These would point git elsewhere where a hook of another checkout runs this.
         elsewhere = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")
         env = {name: value for name, value in os.environ.items() if name not in elsewhere}
         command = ["git", "-C", str(self.root), *words]
-        return subprocess.run(command, env=env, capture_output=True, check=check, timeout=120)
+        ran = subprocess.run(command, env=env, capture_output=True, check=False, timeout=120)
+        if check and ran.returncode:
+            said = (ran.stderr + ran.stdout).decode().rstrip()
+            raise RuntimeError(f"git {' '.join(words)}: exit status {ran.returncode}\n{said}")
+        return ran
 
     def find(self, word: str) -> Release:
         """A package by the name of its distribution or of its folder.

@@ -36,8 +36,8 @@ def differences(claims: Iterable[Claim], pages: Mapping[str, str] | None = None)
         for quote in claim.quotes:
             text = plain(pages[quote.page] if pages and quote.page in pages else _read(quote.page))
             expected = plain(quote.words.format(**fields))
-            # Not within a longer number: "0.9 ms" is no part of "10.9 ms".
-            if not re.search(rf"(?<![\d.]){re.escape(expected)}(?!\d)", text):
+            # Not within a longer number: "0.9 ms" is no part of "10.9 ms", nor "a ratio of 2" of "a ratio of 2.5".
+            if not re.search(rf"(?<!\d)(?<!\d[.,]){re.escape(expected)}(?!\d)(?![.,]\d)", text):
                 found.append(f"{quote.page}: {_said(quote.words, text, expected)} ({claim.record}.json)")
     return found
 

@@ -36,9 +36,13 @@ def drawings() -> dict[str, Draw]:
 
 def _computed(name: str) -> Draw:
     def draw(folder: Path) -> list[Path]:
+        import matplotlib
+
         path = folder / PICTURES / f"{name}.svg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        style.save(import_module(name).draw(), path)
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()  # whatever the matplotlibrc of this machine's user says
+            style.save(import_module(name).draw(), path)
         return [path]
 
     return draw

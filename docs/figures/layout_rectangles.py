@@ -22,7 +22,7 @@ PALER = (0.0, 0.3, 0.55)  # how much white is in the first, second and third rec
 
 
 class Piece(NamedTuple):
-    """A rectangle of one call, in tokens: stretches of rows and of keys. Attributes: call: its number."""
+    """A rectangle, in tokens: stretches of rows and of keys, and the number of the call that attends it."""
 
     call: int
     rows: tuple[range, ...]

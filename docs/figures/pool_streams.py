@@ -5,11 +5,9 @@ The pool is real. The device is the one of the pool's tests: its work stays queu
 
 from __future__ import annotations
 
-import sys
-from importlib import util
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+import recorded
 import style
 
 from dilated_memory_pool import Block, MemoryPool
@@ -17,7 +15,7 @@ from dilated_memory_pool import Block, MemoryPool
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FAKE_DEVICE = Path(__file__).parents[2] / "packages" / "memory-pool" / "tests" / "fake_device.py"
+FAKE_DEVICE = "packages/memory-pool/tests/fake_device.py"
 NBYTES = 8192
 COLOURS = {"used": style.BLUE, "waiting": style.ORANGE, "free": style.NOTHING}
 
@@ -49,7 +47,7 @@ class Timeline(NamedTuple):
 
 def timeline() -> Timeline:
     """Run the program."""
-    fake = _fake_device()
+    fake = recorded.load(FAKE_DEVICE)
     device = fake.FakeDevice()
     pool = MemoryPool(fake.FakeBackend(device, False), min_bytes=0, arena_bytes=NBYTES)
     calls: list[str] = []
@@ -94,17 +92,6 @@ def timeline() -> Timeline:
     )
     held.clear()
     return found
-
-
-def _fake_device() -> Any:
-    name = "fake_device"
-    if name not in sys.modules:
-        spec = util.spec_from_file_location(name, FAKE_DEVICE)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"no module at {FAKE_DEVICE}")
-        module = sys.modules[name] = util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return sys.modules[name]
 
 
 def draw() -> Figure:

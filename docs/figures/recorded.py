@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from importlib import import_module, util
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +36,7 @@ class Record(NamedTuple):
         record = BENCHMARKS / self.record
         target = folder / record.parent
         target.mkdir(parents=True, exist_ok=True)
-        redraw: Redraw = _load(self.drawer).redraw
+        redraw: Redraw = load(self.drawer).redraw
         return redraw(ROOT / record, target)
 
 
@@ -49,20 +49,13 @@ RECORDS = (
 )
 
 
-def _load(drawer: str) -> Any:
-    """The module of that name, or the script at that path; scripts import what lies beside them."""
-    if not drawer.endswith(".py"):
-        return import_module(drawer)
-    path = ROOT / drawer
-    name = path.stem
-    if name not in sys.modules:
-        spec = util.spec_from_file_location(name, path)
-        if spec is None or spec.loader is None:
-            raise ImportError(f"no module at {path}")
-        module = sys.modules[name] = util.module_from_spec(spec)
-        sys.path.insert(0, str(path.parent))
-        try:
-            spec.loader.exec_module(module)
-        finally:
-            sys.path.remove(str(path.parent))
-    return sys.modules[name]
+def load(module: str) -> Any:
+    """The module of that name, or the script at that path of the repository; scripts import what lies beside them."""
+    if not module.endswith(".py"):
+        return import_module(module)
+    script = ROOT / module
+    sys.path.insert(0, str(script.parent))
+    try:
+        return import_module(script.stem)
+    finally:
+        sys.path.remove(str(script.parent))

@@ -98,14 +98,17 @@ def links(page: Path) -> Iterator[tuple[int, str]]:
 
 @cache
 def anchors(page: Path) -> frozenset[str]:
-    """What `#...` may name in a page: its headings as GitHub and MyST write them, and explicit targets."""
+    """What `#...` may name in a page, and in those it includes: headings as GitHub and MyST write them, and targets."""
+    fences, prose = split(page)
+    included = [(page.parent / fence.words[1]).resolve() for fence in fences if fence.language == "{include}"]
+    lines = [line for _, line in (*prose, *(line for other in included for line in split(other)[1]))]
     found: dict[str, int] = {}
-    for _, line in split(page)[1]:
+    for line in lines:
         if heading := re.match(r"#{1,6}\s+(.*?)\s*#*$", line):
             slug = re.sub(r"[^\w\- ]", "", heading[1].lower()).replace(" ", "-")
             found[slug] = found.get(slug, -1) + 1
     repeated = {f"{slug}-{number}" for slug, last in found.items() for number in range(1, last + 1)}
-    explicit = {target[1] for _, line in split(page)[1] if (target := re.match(r"\(([\w-]+)\)=$", line))}
+    explicit = {target[1] for line in lines if (target := re.match(r"\(([\w-]+)\)=$", line))}
     return frozenset(found) | repeated | explicit
 
 

@@ -15,6 +15,7 @@ import pytest
 
 # pytest-markdown-docs runs a block whose first word is python. What else may follow it there.
 ASKED_OF_PYTHON = re.compile(r"continuation|fixture:\w+|runner:\w+")
+WAYS_TO_SHOW_PYTHON = {"python", "py", "python3", "pycon", "{code-block}", "{code}", "{sourcecode}", "{doctest}"}
 QUOTED_FOLDERS = ("docs/", "packages/", "examples/", ".ci/")
 
 each_page = pytest.mark.parametrize("page", pages.pages(), ids=pages.name)
@@ -64,7 +65,7 @@ def test_shell_blocks_are_console_blocks_without_a_prompt(page: Path) -> None:
 
 @each_page
 def test_every_python_block_is_run(page: Path, given_to_pytest: set[Path]) -> None:
-    blocks = [fence for fence in pages.split(page)[0] if fence.language in {"python", "py", "python3", "pycon"}]
+    blocks = [fence for fence in pages.split(page)[0] if fence.language in WAYS_TO_SHOW_PYTHON]
     for block in blocks:
         assert block.language == "python", f"{block.where}: only blocks that begin with ```python are run"
         unknown = [word for word in block.words[1:] if not ASKED_OF_PYTHON.fullmatch(word)]
@@ -104,16 +105,18 @@ def test_every_link_and_image_leads_somewhere(page: Path) -> None:
 
 @each_page
 def test_every_path_quoted_in_prose_exists(page: Path) -> None:
+    missing = [f"line {line}: {path}" for line, path in quoted_paths(page) if not exists(path, page)]
+    assert not missing, "quoted, and not there (what a reader is to make is written with <name>)"
+
+
+def quoted_paths(page: Path) -> list[tuple[int, str]]:
+    """The paths into this repository that a page quotes, with their lines."""
     quoted = [
-        (line, word.strip(".,;:()\"'").removeprefix("./").partition("[")[0])
+        (line, word.lstrip("(\"'").rstrip(".,;:)\"'").removeprefix("./").partition("[")[0])
         for line, span in pages.code_spans(page)
         for word in span.split()
     ]
-    paths = [
-        (line, path) for line, path in quoted if path.startswith(QUOTED_FOLDERS) and not re.search("[<>{}…]", path)
-    ]
-    missing = [f"line {line}: {path}" for line, path in paths if not exists(path, page)]
-    assert not missing, "quoted, and not there (what a reader is to make is written with <name>)"
+    return [(line, path) for line, path in quoted if path.startswith(QUOTED_FOLDERS) and not re.search("[<>{}…]", path)]
 
 
 def exists(path: str, page: Path) -> bool:
@@ -139,3 +142,17 @@ def test_a_page_is_read_as_markdown(tmp_path: Path) -> None:
     assert pages.anchors(page) == {"what-a_b-costs", "again", "again-1"}
     assert list(pages.links(page)) == [(5, "x.md#a")]
     assert [span for _, span in pages.code_spans(page)] == ["a_b", "[no](link)", "two lines"]
+    around = tmp_path / "around.md"
+    around.write_text("(a-target)=\n\n# Around\n\n```{include} page.md\n:start-line: 2\n```\n", encoding="utf-8")
+    assert pages.anchors(around) == {"a-target", "around", *pages.anchors(page)}
+
+
+@pytest.mark.parametrize(
+    "quoted", ["docs/nothing.md", "./packages/nothing", "(.ci/nothing.py),", "examples/nothing.py"]
+)
+def test_a_quoted_path_that_is_not_there_is_found(quoted: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"Run `python {quoted}` and see.\n", encoding="utf-8")
+    [(line, path)] = quoted_paths(page)
+    assert (line, "nothing" in path) == (1, True)
+    assert not exists(path, page)

@@ -129,10 +129,25 @@ def test_another_model_than_the_checkpoints_is_refused(trained: tuple[Path, dict
         train_64k.run(small("--embed-dim", "64", "--resume", "--steps", "50", "--output", str(trained[0])))
 
 
-def test_a_context_that_cuts_no_whole_segments_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--context", "1000", "--context: expected a multiple of 64, got 1000"),
+        ("--steps", "0", "--steps: expected a positive number, got 0"),
+        ("--minutes", "0", "--minutes: expected a positive number, got 0.0"),
+    ],
+)
+def test_sizes_that_make_no_run_are_refused(
+    option: str, value: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        train_64k.parse(["--context", "1000"])
-    assert "--context: expected a multiple of 64, got 1000" in capsys.readouterr().err
+        train_64k.parse([option, value])
+    assert message in capsys.readouterr().err
+
+
+def test_there_is_nothing_to_resume_in_an_empty_folder(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--resume: expected a checkpoint, found no "):
+        train_64k.run(small("--resume", "--output", str(tmp_path)))
 
 
 def test_attention_that_deviates_is_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

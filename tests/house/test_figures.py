@@ -6,6 +6,7 @@ import math
 import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
 
@@ -33,10 +34,11 @@ def test_docs_have_the_pictures_that_are_drawn_and_no_others() -> None:
     assert drawings.differences(list(drawings.drawings())) == []
 
 
-def test_drawing_twice_writes_the_same_bytes(tmp_path: Path) -> None:
+def test_drawing_twice_writes_the_same_bytes_whatever_the_users_settings(tmp_path: Path) -> None:
     (path,) = drawings.drawings()["merging"](tmp_path)
     first = path.read_bytes()
-    drawings.drawings()["merging"](tmp_path)
+    with matplotlib.rc_context({"font.family": "monospace", "lines.linewidth": 5.0, "axes.grid": True}):
+        drawings.drawings()["merging"](tmp_path)
     assert path.read_bytes() == first
 
 

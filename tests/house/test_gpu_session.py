@@ -252,11 +252,14 @@ def test_resume_runs_again_what_failed(checkout: Checkout) -> None:
 
 
 def test_a_step_past_its_limit_keeps_what_it_wrote(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = BENCHMARK + "import time\ntry:\n    time.sleep(60)\nfinally:\n    Path('last.txt').write_text('kept')\n"
+    slow = BENCHMARK + "import time\ntry:\n    time.sleep(300)\nfinally:\n    Path('last.txt').write_text('kept')\n"
     write(checkout.root, "packages/dilated-core/benchmarks/bench_one.py", slow)
-    monkeypatch.setitem(gpu.LIMITS, "benchmarks", 3.0)
-    with pytest.raises(SystemExit, match=r"bench_one \(out of time\)"):
-        run(checkout, "bench_one")
+    for seconds in (2.0, 60.0):  # a machine that needs longer to start Python gets longer
+        monkeypatch.setitem(gpu.LIMITS, "benchmarks", seconds)
+        with pytest.raises(SystemExit, match=r"bench_one \(out of time\)"):
+            run(checkout, "bench_one")
+        if (checkout.root / "last.txt").exists():
+            break
     assert record(checkout) == {"dilated-core: bench_one": ("out of time", "stopped at its limit")}
     assert (checkout.root / "last.txt").read_text() == "kept"
 
@@ -329,12 +332,15 @@ def test_what_a_command_starts_ends_with_it(tmp_path: Path) -> None:
     program = (
         "import subprocess, sys, time, pathlib, signal\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(300)'])\n"
         "pathlib.Path('child').write_text(str(child.pid))\n"
-        "time.sleep(60)\n"
+        "time.sleep(300)\n"
     )
     command = [sys.executable, "-c", program]
-    assert run_for(3.0, command, tmp_path, os.environ, last_words=0.2) is None
+    for seconds in (2.0, 60.0):  # a machine that needs longer to start Python gets longer
+        assert run_for(seconds, command, tmp_path, os.environ, last_words=0.2) is None
+        if (tmp_path / "child").exists():
+            break
     child = int((tmp_path / "child").read_text())
     for _ in range(200):  # killed at once; init may take a moment to bury it
         try:

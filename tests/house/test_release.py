@@ -5,7 +5,6 @@ The real repository is held to the same rules, as far as they are cheap: version
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
@@ -55,6 +54,11 @@ doctests = ["tiny-user[room]"]
 [tool.house.rooms]
 "tiny_user.room" = "room"
 """
+IDENTITY = [
+    word
+    for setting in ("user.name=A test", "user.email=a@test", "commit.gpgsign=false", "tag.gpgsign=false")
+    for word in ("-c", setting)
+]
 
 
 class Checkout:
@@ -97,17 +101,8 @@ class Checkout:
         self.write(path, text.replace(old, new))
 
     def git(self, *words: str) -> None:
-        identity = [
-            "-c",
-            "user.name=A test",
-            "-c",
-            "user.email=a@test",
-            "-c",
-            "commit.gpgsign=false",
-            "-c",
-            "tag.gpgsign=false",
-        ]
-        subprocess.run(["git", *identity, *words], cwd=self.root, check=True, timeout=60)
+        # As the tool calls it: not in the checkout whose hook may have started the tests.
+        Repository(self.root).git(*IDENTITY, *words)
 
     def commit(self) -> None:
         self.git("add", "--all")
@@ -129,7 +124,12 @@ def checkout(tmp_path: Path) -> Checkout:
 def test_the_packages_of_this_repository_agree_with_their_changelogs_and_tags() -> None:
     repository = Repository(ROOT)
     assert repository.packages
+    shallow = repository.git("rev-parse", "--is-shallow-repository", check=False).stdout.decode().strip()
+    if shallow not in ("true", "false"):
+        pytest.skip("these sources are no git checkout")
     faults = [line for package in repository.packages.values() for line in disagreements(repository, package)]
+    if shallow == "true":  # as CI services clone: without the tags, of which `nox -s build` makes sure
+        faults = [line for line in faults if "expected the tag" not in line]
     assert not faults, "\n".join(faults)
 
 

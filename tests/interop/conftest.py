@@ -71,7 +71,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
     folder = config.getoption("--record")
     if folder is None:
         return
-    if exitstatus or terminalreporter.stats.get("skipped"):
+    if exitstatus or terminalreporter.stats.get("skipped") or terminalreporter.stats.get("deselected"):
         terminalreporter.write_line("not recorded: a test failed or was left out")
         return
     record(folder, {name: Path(config.getoption(f"--{name}")) for name in SOURCES})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from core_cases import Case, cases
@@ -77,3 +79,19 @@ def test_bad_rows(rows: object, error: type[Exception], match: str) -> None:
     query, key = torch.randn(2, 1, 7, 2, 8).unbind()
     with pytest.raises(error, match=match):
         attention_map(query, key, [4], [1], rows=rows)  # type: ignore[arg-type]
+
+
+def test_threads_leave_torchs_switch_for_sparse_checks_as_it_was() -> None:
+    query, key = torch.randn(2, 1, 64, 2, 8).unbind()
+
+    def look() -> None:
+        for _ in range(15):
+            assert attention_map(query, key, [16, 32], [1, 2], rows=[3, 20]).merged.is_coalesced()
+
+    for _ in range(3):
+        threads = [threading.Thread(target=look, daemon=True) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not torch.sparse.check_sparse_tensor_invariants.is_enabled()

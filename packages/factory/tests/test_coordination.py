@@ -503,6 +503,27 @@ def test_a_store_that_fails_for_a_moment_does_not_end_the_watching_thread(monkey
         del block
 
 
+def test_a_request_is_served_once_where_the_store_fails_before_it_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures, put = [1, 2], Line.set
+
+    def fail(line: Line, key: str, value: str) -> None:
+        if failures and key == "answer/1" and threading.current_thread().name == "dilated pool coordinator, rank 1":
+            failures.pop()
+            raise RuntimeError("the connection was reset")
+        put(line, key, value)
+
+    monkeypatch.setattr(pressure, "_RETRY_SECONDS", 0.001)
+    with coordinators(2, limit="8MiB") as (short, rich):
+        idle = rich.pool("host", min_bytes=0, arena_bytes=0)
+        blocks = [idle.allocate("2MiB") for _ in range(3)]
+        del blocks
+        monkeypatch.setattr(Line, "set", fail)
+        block = make_pool(short).allocate("4MiB")
+        assert not failures
+        assert idle.statistics().reserved_bytes == 4 * MIB
+        del block
+
+
 def test_a_store_that_is_gone_is_an_error_that_names_the_rank() -> None:
     server = TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=SECONDS), wait_for_workers=False)
     client = TCPStore("127.0.0.1", server.port, None, False, timedelta(seconds=SECONDS))

@@ -125,6 +125,12 @@ def test_the_decision_goes_by_the_given_length(form: str, attention_type: str, l
     assert (decision.pool_mode, decision.sequence_length) == (mode, length)
 
 
+def test_a_length_of_another_kind_of_integer_is_held_as_an_int() -> None:
+    decision = make("attention", sequence_length=torch.tensor(4096)).decision
+    assert type(decision.sequence_length) is int
+    assert (decision.pool_mode, decision.sequence_length) == ("lightweight", 4096)
+
+
 def test_the_length_is_never_taken_from_the_segments() -> None:
     decision = create_dilated_attention("auto", [65536], [1]).decision
     assert decision.pool_mode == "off"

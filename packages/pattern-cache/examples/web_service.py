@@ -64,7 +64,11 @@ class Handler(BaseHTTPRequestHandler):
     def layout_key(query: str) -> tuple[str, int, int]:
         """All that the answer depends on, as plain values. Raises ValueError."""
         fields = {name: values[-1] for name, values in parse_qs(query).items()}
-        blocks, window = int(fields.get("blocks", 64)), int(fields.get("window", 3))
+        asked = {"blocks": fields.get("blocks", "64"), "window": fields.get("window", "3")}
+        for name, text in asked.items():
+            if not text.isdecimal():
+                raise ValueError(f"{name}: expected a whole number, got {text!r}")
+        blocks, window = int(asked["blocks"]), int(asked["window"])
         if not 0 < blocks <= MOST_BLOCKS or not 0 <= window <= blocks:
             raise ValueError(f"expected 0 < blocks <= {MOST_BLOCKS} and 0 <= window <= blocks, got {blocks}, {window}")
         return "layout", blocks, window

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,6 +14,9 @@ from torch import Tensor
 from dilated_core import checks
 from dilated_core.partial import accumulation_dtype
 from dilated_core.plan import check_torchscale, head_phases
+
+# torch's switch for the checks is the process's: two threads that set it would each restore what the other had set.
+_CHECKING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,7 @@ class AttentionMap:
         merged = torch.sparse.sum(self.per_head, 1).coalesce()
         batch, row, _ = merged.indices()
         values = merged.values() / heads[batch, row]
-        with torch.sparse.check_sparse_tensor_invariants(True):  # torch 2.11 warns of check_invariants=True itself
-            return torch.sparse_coo_tensor(merged.indices(), values, merged.shape, is_coalesced=True)
+        return _sparse(merged.indices(), values, merged.shape, is_coalesced=True)
 
 
 @torch.no_grad()
@@ -113,9 +116,15 @@ def attention_map(
         indices.append(torch.cartesian_prod(*(torch.tensor(axis, dtype=torch.int64, device=device) for axis in axes)).T)
         values.append(torch.exp(scores - shift[:, reach.heads, reach.at, None]).flatten())
     size = (batch, heads, len(positions), seq_len)
-    with torch.sparse.check_sparse_tensor_invariants(True):
-        per_head = torch.sparse_coo_tensor(torch.cat(indices, 1), torch.cat(values), size)
+    per_head = _sparse(torch.cat(indices, 1), torch.cat(values), size)
     return AttentionMap(per_head.coalesce(), zero_keys * torch.exp(-shift))
+
+
+def _sparse(indices: Tensor, values: Tensor, size: tuple[int, ...], *, is_coalesced: bool | None = None) -> Tensor:
+    """A sparse COO tensor whose indices were checked."""
+    # By the switch, since torch 2.11 warns of check_invariants=True too.
+    with _CHECKING, torch.sparse.check_sparse_tensor_invariants(True):
+        return torch.sparse_coo_tensor(indices, values, size, is_coalesced=is_coalesced)
 
 
 class _Reach(NamedTuple):

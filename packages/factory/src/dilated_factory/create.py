@@ -66,7 +66,7 @@ def create_dilated_attention(
         enable_memory_pool, lightweight_pool, enable_pattern_cache: the caller's word, which wins over the policy; None
             leaves it to the policy.
         buffer_manager: draw each kind of buffer (output, temp, comm, cache, ...) from a pool of its own.
-        allow_sparse: whether "auto" may choose an approximation. Other types do not read it.
+        allow_sparse: whether "auto" may choose a block-sparse type. Other types do not read it.
         fp32_precision: of float32 matrix products during a call: torch's own switch is set, and restored after it. None
             leaves it as it is. The switch is the process's, and the backward pass runs outside of the call.
         policy: thresholds; None for the defaults, changed by the profile.

@@ -34,7 +34,7 @@ class Policy:
     Attributes:
         pool_lightweight_from, pool_full_from: the lengths from which each mode of a pool is on; None for never.
         pool_always: types that have a pool at any length.
-        sparse_above: above this length "auto" may be an approximation, where the caller allows one.
+        sparse_above: above this length "auto" may be a block-sparse type, where the caller allows one.
         pattern_cache: whether plans are kept in a cache.
         memory_budget_bytes: what one attention call may hold before the decision warns; None for all that the device
             has.
@@ -173,7 +173,7 @@ class Policy:
             world_size: ranks of the process group that is initialised. It says nothing of shards, since data-parallel
                 training has one too.
             working_set, memory_total: bytes that a call holds at least, and that the device has; None for unknown.
-            allow_sparse: whether an approximation may be chosen, where one is installed.
+            allow_sparse: whether a block-sparse type may be chosen, where one is installed.
 
         >>> Policy().choose_type(8192, installed={"improved", "ring"}, sharded=True)[0]
         'ring'

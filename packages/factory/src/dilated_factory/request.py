@@ -46,7 +46,7 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.sequence_length is not None:
-            positive_integer("sequence_length", self.sequence_length)
+            object.__setattr__(self, "sequence_length", positive_integer("sequence_length", self.sequence_length))
         for name in ("enable_memory_pool", "lightweight_pool", "enable_pattern_cache"):
             if not isinstance(getattr(self, name), (bool, type(None))):
                 raise TypeError(f"{name}: expected True, False or None, got {getattr(self, name)!r}")

@@ -223,7 +223,8 @@ class TorchscaleDilatedAttention(nn.Module):
             if not is_causal or real_keys is not None:
                 raise ValueError(
                     "incremental_state: expected is_causal = True and a key_padding_mask that hides nothing (decoding "
-                    f"is causal and knows no padding), got is_causal = {is_causal}"
+                    f"is causal and knows no padding), got is_causal = {is_causal} and a mask that hides "
+                    f"{'nothing' if real_keys is None else 'keys'}"
                 )
             attended = self._decode(q, k, v, incremental_state, is_first_step)
         else:

@@ -70,7 +70,7 @@ class Pressure:
         self._silent: dict[int, int] = {}
         self._key = f"asked of {ledger.ranks[0]}"
         line.add(self._key, 0)  # from here on it exists
-        self._answered = self._given = 0
+        self._heard = self._answered = self._given = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._watch, name=f"dilated pool coordinator, rank {ledger.rank}", daemon=True
@@ -182,7 +182,9 @@ class Pressure:
         asked, text = self._line.get_all([self._key, self._ledger.key])
         self._ledger.settle(Table.read(text))
         if int(asked) > self._answered:
-            self._given += self.give_back(int(asked) - self._answered)
+            # Where the store fails below, all this comes again, and the same request must not be served twice.
+            self._given += self.give_back(int(asked) - self._heard)
+            self._heard = int(asked)
             # The answer promises that what was given back no longer counts.
             while not self._ledger.settle(self._ledger.table()) and not self._stop.is_set():
                 time.sleep(_WAIT_SECONDS)
