@@ -259,6 +259,7 @@ def house(session: nox.Session) -> None:
     """What the packages share: commands on every page, public names, evidence for every figure, release tools."""
     constraints = pin_wheels(session, *PACKAGES)
     install(session, "dilated-factory[all]", *NAMES, *group("house", *PACKAGES), constraints=constraints)
+    install(session, "--no-deps", *group("data", *PACKAGES), constraints=constraints)  # a record was made with it
     pytest(session, "house", str(ROOT / "tests" / "house"))
 
 
