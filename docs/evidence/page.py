@@ -59,6 +59,9 @@ PICTURES = {
     "factory": ("demo/comparison.png", "Time and memory of dense and dilated attention against length"),
 }
 
+# Cases of a missed goal that are told one by one.
+SHOWN = 4
+
 GOALS = """\
 ## Goals, met and missed
 
@@ -105,7 +108,10 @@ def _runs() -> Iterable[tuple[str, ...]]:
 
 
 def _listed(missed: Sequence[str]) -> str:
-    return f"{len(missed)}: {'; '.join(missed)}" if missed else "none"
+    if not missed:
+        return "none"
+    more = f"; and {len(missed) - SHOWN} more on its page" if len(missed) > SHOWN else ""
+    return f"{len(missed)}: {'; '.join(missed[:SHOWN])}{more}"
 
 
 def _link(record: str) -> str:
