@@ -239,7 +239,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     precision, _ = choose_precision(create, text, settings, device)
     record: dict[str, Any] = {
         "environment": measure.environment(),
-        "settings": {**asdict(settings), "recompute": arguments.recompute, "seed": arguments.seed},
+        "settings": {
+            **asdict(settings),
+            **{name: getattr(arguments, name) for name in ("minutes", "steps", "recompute", "seed")},
+        },
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "decision": model.layers[0].self_attn.decision.summary(),
         "precision": precision.name,

@@ -12,6 +12,7 @@ README = "README.md"
 TORCHSCALE = "docs/guides/torchscale.md"
 CHOOSE = "docs/choose.md"
 RECIPE = "docs/recipes/gigapath.md"
+TRAINING = "docs/recipes/train-64k.md"
 SEMANTICS = "docs/semantics.md"
 
 
@@ -53,6 +54,27 @@ def _gigapath(record: Any) -> dict[str, float]:
         "seconds_torchscale": record["median"]["encoder"]["torchscale"],
         "part": memory["torchscale"] / memory["ours"],
         "deviation": record["deviation"]["the two embeddings"],
+    }
+
+
+def _training(record: Any) -> dict[str, float]:
+    context = record["settings"]["context"]
+    seconds = median(seconds for length, seconds, _ in record["steps"] if length == context)
+    by_context = [bits for _, bits in record["by_context"]]
+    return {
+        "context": context,
+        "parameters": record["parameters"],
+        "minutes": sum(seconds for _, seconds, _ in record["steps"]) / 60,
+        "step": seconds,
+        "rate": context / seconds,
+        "kept": record["activations"]["kept"]["peak_bytes"] / 2**20,
+        "recomputed": record["activations"]["recomputed"]["peak_bytes"] / 2**20,
+        "bits": record["held_out"],
+        "unigram": record["baselines"]["unigram"],
+        "gzip": record["baselines"]["gzip"],
+        "xz": record["baselines"]["xz"],
+        "given_little": by_context[0],
+        "given_all": by_context[-1],
     }
 
 
@@ -128,6 +150,26 @@ CLAIMS = (
         "where dense takes {dense:.0f}",
         "demo/report",
         _comparison,
+    ),
+    Claim(
+        "factory",
+        "After {minutes:.0f} minutes on two cores a model of {parameters:,} parameters and {context:,} bytes of "
+        "context needs {bits:.2f} bits a byte for text it has never seen, byte frequencies {unigram:.2f}, gzip {gzip:.2f}, xz "
+        "{xz:.2f}; a step over the whole context takes {step:.1f} s and {kept:,.0f} MiB, {recomputed:,.0f} MiB with "
+        "activations recomputed",
+        "train_64k",
+        _training,
+        (
+            Quote(TRAINING, "{minutes:.0f} minutes of training on two cores"),
+            Quote(
+                TRAINING,
+                "{bits:.2f} bits a byte for text it has never seen, against {unigram:.2f} for byte "
+                "frequencies, {gzip:.2f} for gzip and {xz:.2f} for xz",
+            ),
+            Quote(TRAINING, "a step over {context:,} bytes took {step:.1f} s"),
+            Quote(TRAINING, "{kept:,.0f} MiB beside the model, or {recomputed:,.0f} MiB with `--recompute`"),
+            Quote(TRAINING, "{given_little:.2f} bits a byte after 1,024 bytes and {given_all:.2f} after all"),
+        ),
     ),
     Claim(
         "factory",
