@@ -154,9 +154,9 @@ CLAIMS = (
     Claim(
         "factory",
         "After {minutes:.0f} minutes on two cores a model of {parameters:,} parameters and {context:,} bytes of "
-        "context needs {bits:.2f} bits a byte for text it has never seen, byte frequencies {unigram:.2f}, gzip {gzip:.2f}, xz "
-        "{xz:.2f}; a step over the whole context takes {step:.1f} s and {kept:,.0f} MiB, {recomputed:,.0f} MiB with "
-        "activations recomputed",
+        "context needs {bits:.2f} bits a byte for text it has never seen, byte frequencies {unigram:.2f}, gzip "
+        "{gzip:.2f}, xz {xz:.2f}; a step over the whole context takes {step:.1f} s and {kept:,.0f} MiB, "
+        "{recomputed:,.0f} MiB with activations recomputed",
         "train_64k",
         _training,
         (
