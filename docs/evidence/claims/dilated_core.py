@@ -231,6 +231,7 @@ CLAIMS = (
                 "outputs agree to {output_float64:.1e} in float64 and {output_float32:.1e} in float32, gradients to "
                 "{gradients_float64:.1e} and {gradients_float32:.1e}",
             ),
+            Quote("docs/choose.md", "weights, and results to {output_float64:.1e} in float64"),
             Quote(TORCHSCALE, "`DilatedAttention` | output | {output_float64:.1e} | {output_float32:.1e} |"),
             Quote(TORCHSCALE, "| | every gradient | {gradients_float64:.1e} | {gradients_float32:.1e} |"),
             Quote(TORCHSCALE, "(one segment, rate 1) | output and every gradient | | {dense:.1e} |"),
