@@ -6,8 +6,6 @@ from collections.abc import Iterable, Sequence
 from statistics import fmean, median
 from typing import Any
 
-__all__ = ["page"]
-
 MIB = 2**20
 
 

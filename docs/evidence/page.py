@@ -22,8 +22,8 @@ Where a page quotes another number than its record gives, `nox -s house` fails.
 - **Checked first.** In the same run, before anything is timed, each result is compared with a definition in float64 or
   with an independent model. A result that is wrong has no figure.
 - **In turns.** The candidates of a comparison take turns: all once, then all again. So a machine that slows down slows
-  all of them. A figure is a ratio of medians, and its page gives the spread beside it: the interquartile range over the
-  median.
+  all of them. What is compared is a ratio of medians, and its page gives the spread beside it: the interquartile range
+  over the median. A single training run has no repeats, and its page shows every stage of it.
 - **Memory** is what tensors take at the peak, from the allocator's own events, or, where a page says so, the process.
 - **Counted or computed** figures are no measurements, and say so: bytes between ranks come from plans, the work of the
   Triton kernel is a count, registers are the compiler's.

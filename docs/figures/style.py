@@ -7,6 +7,7 @@ and no date is written: with one version of matplotlib a picture is the same byt
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -230,10 +231,7 @@ def in_kib(nbytes: float) -> str:
 def numbers(*shape: int, seed: int) -> Tensor:
     """Normal random numbers in float64, the same on every machine and with every version of torch."""
     draw = random.Random(seed)
-    count = 1
-    for size in shape:
-        count *= size
-    return torch.tensor([draw.gauss(0.0, 1.0) for _ in range(count)], dtype=torch.float64).reshape(shape)
+    return torch.tensor([draw.gauss(0.0, 1.0) for _ in range(math.prod(shape))], dtype=torch.float64).reshape(shape)
 
 
 def save(figure: Figure, path: Path) -> None:

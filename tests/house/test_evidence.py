@@ -95,15 +95,6 @@ def test_tolerances_in_the_readmes_are_those_of_the_tests() -> None:
             assert f"float32 within {forward['float32']} (gradients {gradient['float32']})" in readme
 
 
-def test_deviations_from_torchscale_are_the_same_on_all_pages() -> None:
-    readme = " ".join(text("packages/dilated-core/README.md").split())
-    told = re.search(r"outputs agree to (\S+) in float64 and (\S+) in float32, gradients to (\S+) and (\S+) ", readme)
-    assert told is not None
-    guide = text("docs/guides/torchscale.md")
-    assert f"| output | {told[1]} | {told[2]} |" in guide
-    assert f"| every gradient | {told[3]} | {told[4]} |" in guide
-
-
 # ------------------------------------------------------------------------------------------------ records
 
 
