@@ -14,8 +14,6 @@ from dilated_core import measure, reference
 from dilated_factory import LongNetLM
 from dilated_factory.demo.training import Precision, Windows, bits_per_byte
 
-__all__ = ["CHECKED_ROWS", "bits_by_context", "deviations", "weigh"]
-
 CHECKED_ROWS = 16
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 """Largest difference from the float64 definition over its largest magnitude, by the dtype that attends."""

@@ -148,6 +148,7 @@ PAGES: dict[str, Callable[[ModuleType, Any], str]] = {
     "ring_streaming": lambda module, record: module.report(record["rows"], record["environment"]),
     "ring_traffic": lambda module, record: module.page(record, record["environment"], "ring_traffic.png"),
     "semantics": lambda module, record: module.report(record, record["environment"]),
+    "train_64k": lambda module, record: module.page(record),
     "triton_work": lambda module, record: module.report(record["rows"], record["environment"]),
 }
 
