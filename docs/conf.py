@@ -1,13 +1,18 @@
 """Sphinx configuration; `nox -s docs` builds with every package of this repository installed."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent / "site"))
+
 project = "Dilated attention"
 author = "The dilated attention authors"
 project_copyright = author
 
 extensions = [
+    "mathml",  # site/mathml.py
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
@@ -15,6 +20,9 @@ exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = project
+html_static_path = ["site/static"]
+html_css_files = ["style.css"]
+html_math_renderer = "mathml"
 
 napoleon_use_ivar = True
 autodoc_member_order = "bysource"
