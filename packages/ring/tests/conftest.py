@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import hypothesis
@@ -11,9 +12,28 @@ import torch
 # Without it matrix products on CUDA are refused as not deterministic, see below; cuBLAS reads it when it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# No deadlines: a first call warms caches. Derandomised, so that a red run is red again.
-hypothesis.settings.register_profile("dilated", deadline=None, derandomize=True, print_blob=True)
+# No deadlines, and no complaint that drawing is slow: a first call warms caches, and a busy machine halts a process at
+# any line. Derandomised, so that a red run is red again.
+hypothesis.settings.register_profile(
+    "dilated",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize=True,
+    print_blob=True,
+)
 hypothesis.settings.load_profile("dilated")
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is no garbage: collections look at what tests made, and take milliseconds."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """At its end Python may take down all that there is."""
+    gc.unfreeze()
+
 
 # On tensors this small a second thread only waits for the first, and where processors are shared it waits for long.
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import pickle
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -23,11 +23,19 @@ from torch import distributed
 
 T = TypeVar("T")
 
-SECONDS = 90.0  # for processes to start, to compute and to end, on a slow and busy machine
+SECONDS = 300.0  # for processes to start, to compute and to end, on a slow and busy machine
 _GRACE = 5.0  # for the peers of a failed rank to fail too, so that the first failure is the one that is told
 
 # Processes are forked off a clean one that has imported what takes seconds.
-_PRELOADED = ["torch", "torch.distributed.device_mesh", "pytest", "hypothesis", "dilated_core", "dilated_ring"]
+_PRELOADED = [
+    "torch",
+    "torch.distributed.device_mesh",
+    "torch._inductor.config",  # which torch.use_deterministic_algorithms imports
+    "pytest",
+    "hypothesis",
+    "dilated_core",
+    "dilated_ring",
+]
 
 
 class RankFailedError(Exception):
@@ -98,22 +106,23 @@ def started(
     *args: object,
     tmp_path: Path,
     timeout: float = SECONDS,
-    start_method: str = "forkserver",
+    spawned: Collection[int] = (),
 ) -> Iterator[Processes]:
     """Start ``work(rank, *args)`` in ``size`` processes without a group; kill those that are left when the block ends.
 
     Args:
         work: a function of a module that can be imported, as pickle wants it; its result and ``args`` are pickled.
         timeout: seconds after which a process that still runs writes its stack down and ends.
-        start_method: "spawn" ends as a program of its own does, with everything Python does at exit.
+        spawned: ranks that end as programs of their own do, with everything Python does at exit, and start as slowly.
     """
-    context = multiprocessing.get_context(start_method)
-    if start_method == "forkserver":
-        context.set_forkserver_preload(_PRELOADED)
+    multiprocessing.set_forkserver_preload(_PRELOADED)
+    methods = ["spawn" if rank in spawned else "forkserver" for rank in range(size)]
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     processes = [
-        context.Process(target=_report, args=(rank, work, args, folder, timeout), name=f"rank {rank}", daemon=True)  # type: ignore[attr-defined]
-        for rank in range(size)
+        multiprocessing.get_context(method).Process(  # type: ignore[attr-defined]
+            target=_report, args=(rank, work, args, folder, timeout), name=f"rank {rank}", daemon=True
+        )
+        for rank, method in enumerate(methods)
     ]
     try:
         for process in processes:

@@ -51,7 +51,7 @@ def outcomes(work: Callable[[Comm], Any]) -> list[Any]:
         except Exception as error:
             return error
 
-    return run_ranks(RANKS, run, timeout=20)
+    return run_ranks(RANKS, run)
 
 
 @each_attention

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from processes import run_processes
 from ring_cases import MASKS, Case, assert_close, deviation, oracle
 from torch import Tensor, distributed
-from torch._dynamo.exc import Unsupported
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -50,8 +49,11 @@ def test_forward_and_gradients(seq: int, ranks: int, is_causal: bool, balance: s
 @both_balances
 @causal_or_not
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("kv_heads", [None, 2, 1], ids=["own-keys", "shared-keys", "one-key"])
-@pytest.mark.parametrize("ranks", [2, 3, 5])
+@pytest.mark.parametrize(
+    ("ranks", "kv_heads"),
+    [(2, 1), (3, None), (3, 1), (5, 2)],
+    ids=["2-one-key", "3-own-keys", "3-one-key", "5-shared-keys"],
+)
 def test_every_combination_of_options(
     ranks: int, kv_heads: int | None, mask: str, is_causal: bool, balance: str
 ) -> None:
@@ -61,13 +63,13 @@ def test_every_combination_of_options(
     check(case, Way(ranks, balance=balance))
 
 
-@settings(max_examples=100)
+@settings(max_examples=50)
 @given(problem=problems(rings))
 def test_any_problem(problem: tuple[Case, Way]) -> None:
     check(*problem)
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(problem=problems(rings))
 def test_any_problem_float32(problem: tuple[Case, Way]) -> None:
     check(*problem, torch.float32)
@@ -637,31 +639,6 @@ def test_processes_that_differ_are_named(tmp_path: Path) -> None:
     assert "heads is 2 on ranks 0-1, 3 on rank 2" in messages[0]
 
 
-def compiled_as_eager(rank: int, options: dict[str, Any], meshes: list[tuple[int, ...] | None]) -> None:
-    query, key, value, cotangent = torch.randn(4, 1, 5 + rank, 4, 8, dtype=torch.float64).unbind()
-    for shape in meshes:
-        group = None if shape is None else init_device_mesh("cpu", shape)
-
-        def work(query: Tensor, key: Tensor, value: Tensor, group: Any = group) -> Tensor:
-            aux = AuxRequest(lse=True)
-            out, aux = ring_attention(2 * query, key, value, group=group, return_aux=aux, **options)
-            return out * aux.lse.transpose(1, 2).unsqueeze(-1)
-
-        results = []
-        for function in (work, torch.compile(work, fullgraph=True, backend="aot_eager")):
-            leaves = [tensor.clone().requires_grad_() for tensor in (query, key, value)]
-            out = function(*leaves)
-            results.append([out.detach(), *torch.autograd.grad(out, leaves, cotangent)])
-        for name, found, expected in zip(("out", "dq", "dk", "dv"), *reversed(results), strict=True):
-            assert deviation(found, expected) < 1e-12, name
-
-
-@pytest.mark.slow
-def test_compiled_on_processes(tmp_path: Path) -> None:
-    """With the default group and with a mesh, in one graph that holds the group's name."""
-    run_processes(2, compiled_as_eager, {"is_causal": True}, [None, (2,)], tmp_path=tmp_path)
-
-
 def test_compiled_on_one_device() -> None:
     leaves = [torch.randn(1, 9, 2, 4, dtype=torch.float64, requires_grad=True) for _ in range(3)]
 
@@ -684,7 +661,11 @@ def test_the_operator_keeps_its_promises() -> None:
 
 def test_compiled_without_a_process_group() -> None:
     def work(comm: Comm) -> None:
-        with pytest.raises(Unsupported, match=r"group: expected a process group under torch\.compile, got VirtualComm"):
+        # Not imported above: the processes of this file's tests need no compiler.
+        with pytest.raises(
+            torch._dynamo.exc.Unsupported,
+            match=r"group: expected a process group under torch\.compile, got VirtualComm",
+        ):
             torch.compile(lambda tensor: call(comm, tensor), fullgraph=True, backend="eager")(ones())
 
     run_ranks(1, work)

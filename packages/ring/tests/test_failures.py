@@ -28,13 +28,13 @@ from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 
 from dilated_ring import ring_attention
-from dilated_ring.comm import Comm, Purpose, RecordingComm, Transfer, agree, comm_of
+from dilated_ring.comm import Comm, Purpose, RecordingComm, Transfer, agree, closing, comm_of
 from dilated_ring.errors import PeerError, RingError
 
 pytestmark = pytest.mark.slow
 
 NEVER = 10 * SECONDS  # a group's timeout that no test waits for
-STALL = 3.0  # a group's timeout that a test waits for
+STALL = 2.0  # a group's timeout that a test waits for
 LARGE = 1_500_000  # float64 values to each peer, 12 MB: more than fits into the sockets' buffers
 FORWARD = Purpose("keys and values", "forward", 2, "segment_length 64, dilation_rate 2")
 BACKWARD = Purpose("gradients of keys and values", "backward", 2, "segment_length 64, dilation_rate 2")
@@ -49,9 +49,27 @@ class Failure(NamedTuple):
     rebuilt: list[int]
 
 
-def join(rank: int, size: int, store: Path, patience: float) -> Comm:
+def join(rank: int, size: int, store: Path, patience: float = NEVER) -> Comm:
     distributed.init_process_group("gloo", f"file://{store}", timedelta(seconds=patience), size, rank)
     return comm_of(None)
+
+
+def come_to(place: str, store: Path, *, number: int = 1) -> None:
+    """Go on when so many processes have come to this place. None of them is named, none needs a network for it."""
+    folder = store.with_name(place)
+    folder.mkdir(exist_ok=True)
+    (folder / str(os.getpid())).touch()
+    wait_until(lambda: len(list(folder.iterdir())) >= number)
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    while not done():
+        time.sleep(0.01)
+
+
+def shorten_the_timeout() -> None:
+    """To the one that is tested. Not from the start: ranks may take longer to find each other."""
+    distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=STALL), distributed.group.WORLD)
 
 
 def start(comm: Comm, purpose: Purpose, count: int = 5) -> tuple[Transfer, torch.Tensor]:
@@ -103,7 +121,7 @@ def attend_until(rank: int, store: Path, size: int, victim: int, how: str, where
         if rank == victim and point == where:
             end(how)
 
-    comm = join(rank, size, store, NEVER)
+    comm = join(rank, size, store)
     exchange(comm)
     try:
         reach("agreement")
@@ -164,29 +182,31 @@ def test_any_number_of_ranks_notices(size: int, tmp_path: Path) -> None:
 
 def wait_for_the_living(rank: int, store: Path, size: int) -> Failure:
     """Rank 0 does its part and dies; rank 1 comes later; the others then wait for rank 1 alone."""
-    comm = join(rank, size, store, NEVER)
+    comm = join(rank, size, store)
     exchange(comm)
-    parted = store.with_name("parted")
     if rank == 0:
-        start(comm, FORWARD)
-        time.sleep(1)  # for its part to arrive; should it arrive too late, then the test shows less, and holds
-        parted.touch()
+        transfer, _ = start(comm, FORWARD)  # not dropped, which would give up the group
+        come_to("parted", store, number=3)
         end("killed")
     try:
         if rank == 1:
-            while not parted.exists():
-                time.sleep(0.01)
-            time.sleep(0.2)
-        exchange(comm)
+            wait_until(store.with_name("dead").exists)
+        transfer, received = start(comm, FORWARD)
+        if rank != 1:
+            wait_until(lambda: received[0].item() != 0)  # rank 0's part
+            come_to("parted", store, number=2)
+        transfer.wait()
     except PeerError as error:
-        time.sleep(1)  # who noticed lives on for a while, and still the others need not wait for it
+        come_to("raised", store, number=3)  # who noticed lives on, and still the others need not wait for it
         return failure(error, rebuild(rank, [1, 2, 3], store))
     raise AssertionError("rank 0 did not die")
 
 
 def test_ranks_that_wait_for_the_living_alone_hear_of_the_dead(tmp_path: Path) -> None:
-    endings = watch(4, wait_for_the_living, tmp_path=tmp_path)
-    found = failures_of(endings[1:])
+    with started(4, wait_for_the_living, tmp_path / "store", 4, tmp_path=tmp_path) as running:
+        running.wait(0)
+        (tmp_path / "dead").touch()
+        found = failures_of(running.wait(1, 2, 3))
     assert 0 in found[0].peers
     assert all(1 in peers or 0 in peers for _, peers, _, _ in found)
     assert all(rebuilt == [0, 1, 2] for *_, rebuilt in found)
@@ -194,7 +214,7 @@ def test_ranks_that_wait_for_the_living_alone_hear_of_the_dead(tmp_path: Path) -
 
 def lose_one_of_a_mesh(rank: int, store: Path, size: int) -> str:
     """Attend on a mesh that rank 3 leaves. Who has raised lives on until all have, and does not end their wait so."""
-    join(rank, size, store, NEVER)
+    join(rank, size, store)
     mesh = init_device_mesh("cpu", (2, 2))
     tensor = torch.ones(1, 3, 4, 8)
     ring_attention(tensor, tensor, tensor, group=mesh)
@@ -204,11 +224,7 @@ def lose_one_of_a_mesh(rank: int, store: Path, size: int) -> str:
         ring_attention(tensor, tensor, tensor, group=mesh)
     except PeerError as error:
         told = str(error)
-    folder = store.parent / "raised"
-    folder.mkdir(exist_ok=True)
-    (folder / str(rank)).touch()
-    while len(list(folder.iterdir())) < size - 1:
-        time.sleep(0.05)
+    come_to("raised", store, number=size - 1)
     return told
 
 
@@ -219,7 +235,12 @@ def test_on_a_mesh_all_hear_of_the_dead_while_the_others_live(tmp_path: Path) ->
 
 
 def stall(rank: int, store: Path, size: int, how: str, where: str) -> Failure:
-    comm = join(rank, size, store, STALL)
+    comm = join(rank, size, store)
+
+    def come_near(point: str) -> None:
+        if point == where:
+            shorten_the_timeout()
+            come_to(point, store, number=size)  # so that it is over here, and nowhere before
 
     def reach(point: str) -> None:
         if rank != 1 or point != where:
@@ -227,16 +248,18 @@ def stall(rank: int, store: Path, size: int, how: str, where: str) -> Failure:
         if how == "stopped":
             os.kill(os.getpid(), signal.SIGSTOP)
         else:
-            while not store.with_name("continue").exists():
-                time.sleep(0.01)
+            wait_until(store.with_name("continue").exists)
 
     exchange(comm)
     try:
+        come_near("agreement")
         reach("agreement")
         agree(comm, {"heads": 4}, length=7)
+        come_near("forward")
         transfer, _ = start(comm, FORWARD, LARGE)
         reach("forward")
         transfer.wait()
+        come_near("backward")
         reach("backward")
         exchange(comm, BACKWARD)
     except PeerError as error:
@@ -261,18 +284,22 @@ def test_a_stalled_peer_ends_the_wait_at_the_timeout(how: str, where: str, tmp_p
     with started(3, stall, tmp_path / "store", 3, how, where, tmp_path=tmp_path) as running:
         found = failures_of(running.wait(0, 2))
         assert running.ending(1).exitcode is None
-        os.kill(running.pid(1), signal.SIGCONT)
         (tmp_path / "continue").touch()
-        late = failures_of(running.wait(1))[0]
+        deadline = time.monotonic() + SECONDS
+        while running.ending(1).exitcode is None and time.monotonic() < deadline:
+            os.kill(running.pid(1), signal.SIGCONT)  # more than once: it may not have stopped yet
+            running.wait(1, timeout=0.2)
+        (late,) = failures_of(running.wait(1))
     assert any(f"a peer stalled for {STALL:g} s, the group's timeout" in text for text, *_ in found), found
+    # With a large message on its way, the stalled one may have sent all of it.
+    phases = {"forward": ["forward", "backward"]}.get(where, [where])
     for text, _, phase, rebuilt in found:
-        assert phase == where
+        assert phase in phases
         assert re.search("stalled for|gave up the group", text)
         assert rebuilt == [0, 1]
     # The stalled one finds the others gone when it wakes up, unless it was stopped so late that it waits already, and
     # so that its own time is up.
-    assert re.search("stalled for|gave up the group", late.text)
-    assert late.peers
+    assert "stalled for" in late.text or ("gave up the group" in late.text and late.peers)
 
 
 def lose_the_store(rank: int, folder: Path, size: int) -> Failure:
@@ -283,8 +310,7 @@ def lose_the_store(rank: int, folder: Path, size: int) -> Failure:
         written.with_suffix(".new").write_text(str(store.port))
         written.with_suffix(".new").rename(written)
     else:
-        while not written.exists():
-            time.sleep(0.01)
+        wait_until(written.exists)
         store = distributed.TCPStore("localhost", int(written.read_text()), size, False, timedelta(seconds=SECONDS))
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=NEVER))
     comm = comm_of(None)
@@ -306,20 +332,22 @@ def test_the_rank_that_holds_the_store_dies_like_any_other(tmp_path: Path) -> No
 
 
 def interrupted(rank: int, store: Path, size: int) -> str:
-    comm = join(rank, size, store, NEVER)
+    comm = join(rank, size, store)
     exchange(comm)
     if rank == 2:
-        while not store.with_name("interrupted").exists():
-            time.sleep(0.01)
-    if rank == 0:
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        wait_until(store.with_name("interrupted").exists)
     try:
-        exchange(comm)
+        transfer, _ = start(comm, FORWARD)
+        if rank == 0:
+            # By then it waits. Should it come to that later, then the test shows less, and holds.
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        transfer.wait()
     except KeyboardInterrupt:
         store.with_name("interrupted").touch()
-        time.sleep(1)  # it lives on; the others need not wait for its end
+        come_to("raised", store, number=size)  # it lives on; the others need not wait for its end
         return "interrupted"
     except PeerError as error:
+        come_to("raised", store, number=size)
         return str(error.peers)
     return "no failure"
 
@@ -335,7 +363,7 @@ def test_an_interrupt_gets_through_to_a_rank_that_waits_and_ends_the_wait_of_the
 
 def drop(rank: int, store: Path, size: int, how: str) -> tuple[int, ...]:
     """Rank 0 does not see its transfer through, and rank 1 never takes part in it."""
-    comm = join(rank, size, store, NEVER)
+    comm = join(rank, size, store)
     exchange(comm)
     dropped = store.with_name("dropped")
     if rank == 0:
@@ -347,26 +375,30 @@ def drop(rank: int, store: Path, size: int, how: str) -> tuple[int, ...]:
         if how == "returns":
             sys.modules[__name__].kept = transfer  # type: ignore[attr-defined]
             return ()
+        if how == "is held up":
+            closing._PATIENCE = -1.0  # time is up before it has begun to close its connections
         del transfer
         dropped.touch()
         if how == "destroys":
             distributed.destroy_process_group()  # which waits for what is pending
+        if how == "is held up":
+            come_to("raised", store, number=size)  # it lives on: its end is not what the others hear of
         return ()
     if rank == 1:
-        while not dropped.exists():
-            time.sleep(0.01)
+        wait_until(dropped.exists)
     try:
         exchange(comm, count=LARGE)
     except PeerError as error:
+        if how == "is held up":
+            come_to("raised", store, number=size)
         return error.peers
     raise AssertionError("nothing was dropped")
 
 
-@pytest.mark.parametrize("how", ["raises", "returns", "destroys", "deletes"])
+@pytest.mark.parametrize("how", ["raises", "returns", "destroys", "deletes", "is held up"])
 def test_a_transfer_that_is_dropped_holds_up_neither_its_process_nor_the_others(how: str, tmp_path: Path) -> None:
-    # Spawned processes end as programs do, and start as slowly.
-    method, size = ("spawn", 2) if how in ("raises", "returns") else ("forkserver", 3)
-    with started(size, drop, tmp_path / "store", size, how, tmp_path=tmp_path, start_method=method) as running:
+    spawned = [0] if how in ("raises", "returns") else []
+    with started(3, drop, tmp_path / "store", 3, how, tmp_path=tmp_path, spawned=spawned) as running:
         first, *others = running.wait()
     assert first.exitcode == (how == "raises"), first
     assert all(ending.result for ending in others), others
@@ -375,7 +407,7 @@ def test_a_transfer_that_is_dropped_holds_up_neither_its_process_nor_the_others(
 
 
 def give_up_a_subgroup(rank: int, store: Path, size: int) -> list[int]:
-    whole = join(rank, size, store, NEVER)
+    whole = join(rank, size, store)
     group = distributed.new_group([0, 1, 2], timeout=timedelta(seconds=NEVER))
     if rank < 3:
         part = comm_of(group)
@@ -386,8 +418,7 @@ def give_up_a_subgroup(rank: int, store: Path, size: int) -> list[int]:
             dropped.touch()
         else:
             # Who sends before it is dropped may have its parts already, and nothing to complain of.
-            while not dropped.exists():
-                time.sleep(0.01)
+            wait_until(dropped.exists)
             with pytest.raises(PeerError, match=r"ranks? \d.* gave up the group"):
                 exchange(part, count=LARGE)
     found = exchange(whole)
@@ -444,17 +475,20 @@ def move_to(name: str, side: str) -> None:
 def lose_the_link(rank: int, store: Path, size: int, names: list[str], where: str) -> Failure:
     side = rank // 2  # ranks 0 and 1 are on the left, rank 2 is on the right
     move_to(names[side], ("left", "right")[side])
-    comm = join(rank, size, store, STALL)
+    comm = join(rank, size, store)
     exchange(comm)
-    distributed.barrier()
+    shorten_the_timeout()
+    come_to("linked", store, number=size)
+    kept: list[object] = []  # what is dropped would give up the group, and nobody would wait
     if rank == 2:
         if where == "on its way":
-            start(comm, FORWARD, LARGE)
+            kept.append(start(comm, FORWARD, LARGE))
         ip("-n", names[1], "link", "set", "dev", "right", "down")
     try:
         exchange(comm, count=LARGE)
         exchange(comm, BACKWARD, count=LARGE)
     except PeerError as error:
+        kept.clear()
         # What is left on one side goes on by itself.
         alone = [2] if rank == 2 else [0, 1]
         return failure(error, rebuild(rank, alone, store.with_name(f"side {side}") / "store"))
@@ -467,15 +501,15 @@ def test_a_cut_link_ends_the_wait_at_the_timeout(where: str, two_machines: list[
         (tmp_path / f"side {side}").mkdir()
     found = failures_of(watch(3, lose_the_link, two_machines, where, tmp_path=tmp_path))
     for text, *_ in found:
-        assert re.search("stalled for 3 s|gave up the group", text)
+        assert re.search(f"stalled for {STALL:g} s|gave up the group", text)
     assert [rebuilt for *_, rebuilt in found] == [[0, 1], [0, 1], [0]]
 
 
-def count_on_the_wire(rank: int, store: Path, size: int, names: list[str]) -> tuple[int, int]:
-    """What a RecordingComm says came in by the link, and what the link says."""
+def count_on_the_wire(rank: int, store: Path, size: int, names: list[str]) -> list[tuple[int, int]]:
+    """What a RecordingComm says came in by the link, and what the link says, of three exchanges."""
     side = ("left", "right")[rank]
     move_to(names[rank], side)
-    comm = RecordingComm(join(rank, size, store, NEVER))
+    comm = RecordingComm(join(rank, size, store))
 
     def arrived() -> int:
         lines = Path("/proc/thread-self/net/dev").read_text().splitlines()
@@ -483,25 +517,29 @@ def count_on_the_wire(rank: int, store: Path, size: int, names: list[str]) -> tu
         return int(line.split(":")[1].split()[0])
 
     exchange(comm)
-    distributed.barrier()
-    noted, before = comm.received_bytes(), arrived()
     # Uneven: the right gets twice as much as it sends; what stays on a rank is not sent.
     sizes = [[1000, 2 * LARGE], [LARGE, 3000]]
     sent = torch.ones(sum(sizes[rank]), dtype=torch.float64)
     counts = [row[rank] for row in sizes]
-    comm.exchange(torch.empty(sum(counts), dtype=torch.float64), sent, counts, sizes[rank], FORWARD).wait()
-    distributed.barrier()
-    return comm.received_bytes() - noted, arrived() - before
+    found = []
+    for _ in range(3):
+        distributed.barrier()
+        noted, before = comm.received_bytes(), arrived()
+        comm.exchange(torch.empty(sum(counts), dtype=torch.float64), sent, counts, sizes[rank], FORWARD).wait()
+        distributed.barrier()
+        found.append((comm.received_bytes() - noted, arrived() - before))
+    return found
 
 
 def test_the_bytes_recorded_are_those_on_the_wire(two_machines: list[str], tmp_path: Path) -> None:
     endings = watch(2, count_on_the_wire, two_machines, tmp_path=tmp_path)
     for ending, expected in zip(endings, (LARGE * 8, 2 * LARGE * 8), strict=True):
         assert ending.exitcode == 0, ending.told
-        recorded, on_the_wire = ending.result
-        assert recorded == expected
-        # The network adds headers and the receipts for what went the other way, and leaves nothing out.
-        assert recorded <= on_the_wire < 1.1 * recorded
+        assert [recorded for recorded, _ in ending.result] == [expected] * 3
+        # The network adds headers and the receipts for what went the other way, and leaves nothing out. Where a
+        # processor is late, it sends some of it again: not every time.
+        on_the_wire = min(arrived for _, arrived in ending.result)
+        assert expected <= on_the_wire < 1.1 * expected
 
 
 # ------------------------------------------------------------------------------------------------ errors that travel

@@ -51,9 +51,12 @@ def run_all(rank: int, cases: list[Case], dtype: torch.dtype) -> list[Results]:
     return [run_rank(case, dtype, None, with_lse=True) for case in cases]
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
-def test_processes_agree_with_the_oracle(ranks: int, tmp_path: Path) -> None:
-    cases = cases_over(ranks)
+@pytest.mark.parametrize(
+    ("ranks", "some"), [(2, slice(None)), (3, slice(0, None, 2)), (4, slice(1, None, 2)), (8, slice(0, None, 2))]
+)
+def test_processes_agree_with_the_oracle(ranks: int, some: slice, tmp_path: Path) -> None:
+    """Two ranks in every case, more in every other one."""
+    cases = cases_over(ranks)[some]
     by_rank = run_processes(ranks, run_all, cases, torch.float64, tmp_path=tmp_path)
     for case, *parts in zip(cases, *by_rank, strict=True):
         assert_close(case, torch.float64, joined(parts), oracle(case, torch.float64, with_lse=True))

@@ -42,44 +42,44 @@ both_ways = pytest.mark.parametrize("refetch", [False, True], ids=["kept", "refe
 causal_or_not = pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@both_ways
+@pytest.mark.parametrize(
+    ("dtype", "refetch"),
+    [(torch.float64, False), (torch.float64, True), (torch.float32, True)],
+    ids=["float64-kept", "float64-refetched", "float32-refetched"],
+)
 @both_exchanges
 @causal_or_not
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_forward_and_gradients(case: Case, is_causal: bool, exchange: str, refetch: bool, dtype: torch.dtype) -> None:
+def test_forward_and_gradients(case: Case, is_causal: bool, exchange: str, dtype: torch.dtype, refetch: bool) -> None:
     check(replace(case, is_causal=is_causal, exchange=exchange, refetch=refetch), dtype, with_lse=False)
 
 
-@pytest.mark.parametrize("exchange", EXCHANGES)
+@both_exchanges
 @causal_or_not
 @pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("kv_heads", [None, 2], ids=["own-keys", "shared-keys"])
 @pytest.mark.parametrize("semantics", SEMANTICS)
-@pytest.mark.parametrize("case", MIXED_CASES, ids=str)
-def test_every_combination_of_options(
-    case: Case, semantics: str, kv_heads: int | None, mask: str, is_causal: bool, exchange: str
-) -> None:
+@pytest.mark.parametrize("case", [MIXED_CASES[0], *(replace(case, kv_heads=2) for case in MIXED_CASES)], ids=str)
+def test_every_combination_of_options(case: Case, semantics: str, mask: str, is_causal: bool, exchange: str) -> None:
     """Cotangents of out and of lse; padding holds NaN and infinity, in whole shards and whole batch rows too."""
-    case = replace(case, kv_heads=kv_heads, mask=mask, is_causal=is_causal, exchange=exchange).meaning(semantics)
+    case = replace(case, mask=mask, is_causal=is_causal, exchange=exchange).meaning(semantics)
     check(replace(case, refetch=is_causal))
 
 
-@causal_or_not
 @pytest.mark.parametrize("semantics", SEMANTICS)
-def test_each_branch_has_its_own_exchange(semantics: str, is_causal: bool) -> None:
-    case = replace(MIXED_CASES[0], is_causal=is_causal, mask="random", kv_heads=2).meaning(semantics)
+def test_each_branch_has_its_own_exchange(semantics: str) -> None:
+    case = replace(MIXED_CASES[0], mask="random", kv_heads=2).meaning(semantics)
     for exchanges in itertools.product(EXCHANGES[1:], repeat=3):
-        check(case, exchange=exchanges)
+        # Causal or not by turns: every two branches meet in every way, and each way in both.
+        check(replace(case, is_causal=exchanges.count("heads") % 2 == 0), exchange=exchanges)
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(case=cases(), with_lse=st.booleans())
 def test_any_problem_float64(case: Case, with_lse: bool) -> None:
     check(case, with_lse=with_lse)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(case=cases(), with_lse=st.booleans())
 def test_any_problem_float32(case: Case, with_lse: bool) -> None:
     check(case, torch.float32, with_lse=with_lse)
@@ -124,7 +124,7 @@ def test_any_scale(is_causal: bool, scale: float, exchange: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_layout(layout: str, kv_heads: int | None, exchange: str) -> None:
     """Transposed storage, a last stride other than 1, slices, expanded heads: of the inputs and of the cotangent."""
-    for semantics in SEMANTICS:
+    for semantics in ("paper", "torchscale") if kv_heads is None else ("grouped",):
         check(replace(MIXED_CASES[0], layout=layout, kv_heads=kv_heads, exchange=exchange).meaning(semantics))
 
 

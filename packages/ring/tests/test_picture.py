@@ -21,10 +21,11 @@ def plan_of(ranks: int, seq_len: int = 1 << 20) -> RingPlan:
 
 def colours(path: Path) -> set[tuple[float, ...]]:
     image = importlib.import_module("matplotlib.image")
-    return {tuple(pixel) for row in image.imread(path)[::3, ::3].tolist() for pixel in row}
+    pixels = torch.from_numpy(image.imread(path)[::3, ::3].copy()).flatten(0, 1)
+    return {tuple(pixel) for pixel in pixels.unique(dim=0).tolist()}
 
 
-@pytest.mark.parametrize("ranks", [2, 8, 64, 150])
+@pytest.mark.parametrize("ranks", [2, 13, 150])
 def test_a_picture_is_drawn(ranks: int, tmp_path: Path) -> None:
     path = tmp_path / "plan.png"
     plan_of(ranks).save_picture(path)
@@ -36,7 +37,7 @@ def test_phase_and_sizes_change_the_picture(tmp_path: Path) -> None:
     pictures = set()
     for number, options in enumerate([{}, {"phase": "backward"}, {"head_dim": 8}, {"dtype": torch.float32}]):
         path = tmp_path / f"{number}.png"
-        plan_of(4).save_picture(str(path), **options)
+        plan_of(2).save_picture(str(path), **options)
         pictures.add(path.read_bytes())
     assert len(pictures) == 4
 

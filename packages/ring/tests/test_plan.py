@@ -117,7 +117,7 @@ def wire(each: Sizes, batch: int, head_dim: int, dtype: torch.dtype, options: di
 
 
 @pytest.mark.slow
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(
     sizes(),
     st.integers(1, 2),

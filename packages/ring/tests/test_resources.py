@@ -126,8 +126,7 @@ def same(first: Results, second: Results) -> bool:
 
 @both_ways
 @both_exchanges
-@pytest.mark.parametrize("semantics", SEMANTICS)
-@every_kind
+@pytest.mark.parametrize(("case", "semantics"), [*zip(KINDS.values(), SEMANTICS, strict=True)], ids=KINDS)
 def test_lent_resources_change_no_bit(case: Case, semantics: str, exchange: str, refetch: bool) -> None:
     """Memory full of NaN, and plans kept from an earlier call, also those of other options."""
     dtype = torch.bfloat16 if refetch else torch.float64

@@ -122,8 +122,9 @@ class Lender:
         return [tensor for tensor in (lent() for lent in self.lent) if tensor is not None]
 
     def owns(self, tensor: Tensor) -> bool:
+        assert self.kept is not None
         address = tensor.untyped_storage().data_ptr()
-        return any(address == lent.untyped_storage().data_ptr() for lent in self.alive())
+        return any(address == lent.untyped_storage().data_ptr() for lent in self.kept)
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,8 @@ CASES = [
 def test_forward_and_gradients(case: Case, is_causal: bool, mask: str, dtype: torch.dtype) -> None:
     case = replace(case, is_causal=is_causal, mask=mask)
     expected = oracle(case, dtype)
-    for ring_size in RING_SIZES:
+    # More chunks than keys make a tile of each pair: of few keys here, of many in test_any_problem.
+    for ring_size in RING_SIZES if case.seq < 20 else RING_SIZES[:-1]:
         assert_close(case, dtype, run(case, dtype, ring_size), expected)
 
 
@@ -232,7 +234,7 @@ def test_every_kernel(case: Case, kernel: str) -> None:
 
 
 @pytest.mark.parametrize("ring_size", RING_SIZES)
-@pytest.mark.parametrize(("seq", "kv_seq"), [(1, 37), (37, 1), (5, 31), (43, 17)])
+@pytest.mark.parametrize(("seq", "kv_seq"), [(1, 37), (37, 1), (5, 19), (23, 11)])
 def test_other_keys_than_queries(seq: int, kv_seq: int, ring_size: int) -> None:
     for mask in ("none", "random"):
         case = Case(2, seq, 4, 8, kv_heads=2, kv_seq=kv_seq, mask=mask)
@@ -281,7 +283,7 @@ def problems(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(case=problems(), ring_size=st.integers(1, 45))
 def test_any_problem(case: Case, ring_size: int) -> None:
     assert_close(case, torch.float64, run(case, torch.float64, ring_size), oracle(case, torch.float64))
@@ -640,7 +642,7 @@ def test_bad_input(changes: dict[str, object], error: type[Exception], message: 
 
 def extra_memory(ring_size: int, kind: str, dtype: torch.dtype, backward: bool) -> float:
     """Peak beyond inputs and results, in units of out. ``kind``: what key and value are, see the test."""
-    batch, seq, heads, head_dim = 1, 512, 16, 64
+    batch, seq, heads, head_dim = 1, 512, 2, 64
     query, key, value, cotangent = torch.randn(4, batch, seq, heads, head_dim).to(dtype).unbind()
     sources: list[Any] = [key.clone(), value.clone()]
     if kind == "stored":
@@ -679,7 +681,7 @@ def test_memory_falls_as_one_over_ring_size(kind: str, dtype: torch.dtype, backw
     device. So are those of float32 keys under autocast, but there they are the gradients.
     """
     whole = extra_memory(1, kind, dtype, backward)
-    for ring_size in (2, 4, 8, 16):
+    for ring_size in (2, 4, 8):
         share = extra_memory(ring_size, kind, dtype, backward) / whole
         assert 0.85 / ring_size <= share <= 1.15 / ring_size, f"ring_size {ring_size}: {share * ring_size:.3f}"
 

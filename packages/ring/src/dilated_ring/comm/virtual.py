@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -36,15 +35,14 @@ class _Hall:
             self.changed.notify_all()
 
     def take(self, exchange: int, source: int, destination: int, purpose: Purpose) -> Tensor:
-        place, deadline = (exchange, source, destination), time.monotonic() + self.timeout
+        place = exchange, source, destination
         with self.changed:
-            while place not in self.chunks:
-                if source in self.gone:
-                    self.failed = True
-                    raise PeerError(destination, self.size, purpose, f"rank {source} is gone")
-                if not self.changed.wait(deadline - time.monotonic()):
-                    self.failed = True
-                    raise PeerError(destination, self.size, purpose, f"rank {source} sent nothing in {self.timeout} s")
+            # Looked at once more when time is up: what came while this thread was held up is there.
+            self.changed.wait_for(lambda: place in self.chunks or source in self.gone, self.timeout)
+            if place not in self.chunks:
+                self.failed = True
+                reason = "is gone" if source in self.gone else f"sent nothing in {self.timeout} s"
+                raise PeerError(destination, self.size, purpose, f"rank {source} {reason}")
             its_purpose, chunk = self.chunks.pop(place)
         if its_purpose != purpose:
             raise PeerError(destination, self.size, purpose, f"rank {source} sends {its_purpose}")
