@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import importlib.util
+import os
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
+import torch
 
 from dilated_factory import profile, registry
 
+# Nothing about time: a first call warms caches, and machines are busy. Derandomised, so that a red run is red again.
+hypothesis.settings.register_profile(
+    "dilated",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize=True,
+    print_blob=True,
+)
+hypothesis.settings.load_profile("dilated")
+
+# On tensors this small a second thread only waits for the first, and where processors are shared it waits for long.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
 OTHERS = ("dilated_ring", "dilated_block_sparse")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays, so the many collections that tests ask for need not look at it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from torch.distributed import HashStore, Store, TCPStore
 
 from dilated_factory.coordination import PoolCoordinator
 
-SECONDS = 30.0  # for processes to start, work and end, and for threads to end, on a slow and busy machine
+SECONDS = 120.0  # for processes to start, work and end, and for threads to end, on a slow and busy machine
 MIB = 2**20
 
 _PRELOADED = ["torch", "torch.distributed", "pytest", "hypothesis", "dilated_factory.coordination"]

@@ -10,7 +10,9 @@ import lzma
 import math
 import struct
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from dilated_factory.demo.training import HeldOutCheck, Precision, Step, Trainin
 from dilated_factory.models import LongNetLM
 
 CPU = torch.device("cpu")
+DAY = 86_400.0  # seconds that no test takes
 
 
 def silent_screen() -> tuple[Screen, io.StringIO]:
@@ -141,7 +144,7 @@ def test_speed_and_loss_of_an_empty_record_are_unknown() -> None:
 
 def test_compare_checks_before_it_measures() -> None:
     pattern = DilatedPattern([64, 256], [1, 2])
-    results = list(compare(pattern, [64, 200], 2, 8, CPU, 60.0, seed=0))
+    results = list(compare(pattern, [64, 200], 2, 8, CPU, DAY, seed=0))
     assert [result.length for result in results] == [64, 200]
     for result in results:
         assert all(check.passed and check.rows == comparison.CHECKED_ROWS for check in result.checks.values())
@@ -155,7 +158,7 @@ def test_compare_checks_before_it_measures() -> None:
 def test_a_wrong_output_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     right = comparison.dilated_attention
     monkeypatch.setattr(comparison, "dilated_attention", lambda *args, **options: right(*args, **options) * 1.001)
-    (result,) = compare(DilatedPattern([64], [1]), [64], 2, 8, CPU, 5.0, seed=0)
+    (result,) = compare(DilatedPattern([64], [1]), [64], 2, 8, CPU, DAY, seed=0)
     assert result.checks["dense"].passed
     assert not result.checks["dilated"].passed
     assert not result.measurements
@@ -163,7 +166,8 @@ def test_a_wrong_output_has_no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_length_without_time_is_skipped_and_says_so() -> None:
-    short, long = compare(DilatedPattern([64], [1]), [2048, 65536], 2, 8, CPU, 0.05, seed=0)
+    # On any machine: a round of 64 tokens takes less than minutes, and more than a microsecond.
+    short, long = compare(DilatedPattern([64], [1]), [64, 2**20], 2, 8, CPU, 600.0, seed=0)
     assert short.measurements
     assert not long.measurements
     assert "s were left" in long.skipped
@@ -189,7 +193,17 @@ def written(folder: Path) -> dict[str, Any]:
     return report
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look at the clock is a quarter of a second after the one before: so many steps on any machine."""
+    looks = count()
+    steady = SimpleNamespace(perf_counter=lambda: 0.25 * next(looks))
+    for module in (stages, training, comparison):
+        monkeypatch.setattr(module, "time", steady)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("clock")
 def test_quick_run_from_end_to_end(tmp_path: Path) -> None:
     screen, output = silent_screen()
     status = stages.run_stages(tmp_path / "new" / "folder", quick=True, seed=3, screen=screen)
@@ -213,7 +227,8 @@ def test_quick_run_from_end_to_end(tmp_path: Path) -> None:
     sizes = report["comparison"]["sizes"]
     assert [size["length"] for size in sizes] == list(QUICK.comparison_lengths)
     measured = [size for size in sizes if size["measurements"]]
-    assert measured
+    assert [size["length"] for size in measured] == [2048], "there is no time left for more, by this clock"
+    assert all("s were left" in size["skipped"] for size in sizes[1:])
     for size in measured:
         assert all(check["passed"] for check in size["checks"].values())
         assert size["speedup"] > 0
@@ -271,7 +286,7 @@ def test_ctrl_c_within_training_keeps_its_steps(tmp_path: Path, monkeypatch: pyt
             raise KeyboardInterrupt
         return real(*args)
 
-    text = Windows(load_corpus().training[:20_000], 64, CPU)
+    text = Windows(bytes(range(32, 127)) * 20, 64, CPU)
     settings = replace(QUICK, context=64, length_warm_up=())
     record = TrainingRecord()
     monkeypatch.setattr(training, "bits_per_byte", interrupted_at_the_fourth)
@@ -282,7 +297,7 @@ def test_ctrl_c_within_training_keeps_its_steps(tmp_path: Path, monkeypatch: pyt
             text,
             replace(settings, held_out_checks=1),
             Precision("float32", {}, "cpu"),
-            60.0,
+            DAY,
             0,
             record,
             lambda _: None,

@@ -145,7 +145,7 @@ def test_rows_of_unequal_length_go_on_as_they_would_alone(positions: str, window
             assert torch.allclose(torch.stack(found)[:, row], expected, rtol=0, atol=1e-10)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(0, 3))
 def test_any_lengths_go_on_as_they_would_alone(lengths: list[int], more_padding: int) -> None:
     model = language_model(dtype=torch.float64)
@@ -292,7 +292,7 @@ shares = st.floats(0.01, 1.0)
 finely = st.floats(-6, 6).map(lambda logit: round(logit, 6))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     logits=st.lists(st.one_of(st.integers(-3, 3).map(float), finely), min_size=1, max_size=9),
     temperature=st.sampled_from([0.3, 1.0, 1.7]),

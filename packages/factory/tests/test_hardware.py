@@ -13,6 +13,7 @@ import torch
 from dilated_factory.hardware import Hardware, flash, host, nvidia
 
 GIB = 2**30
+WAIT = 120.0  # seconds for a command that does answer
 XEON = "".join(
     f"processor\t: {index}\nmodel name\t: Intel(R)  Xeon(R) 8480+\nphysical id\t: {index % 2}\n"
     f"core id\t\t: {index // 4}\nflags\t\t: fpu sse4_2 avx2 avx512f amx_bf16\n\n"
@@ -162,7 +163,7 @@ needs_sh = pytest.mark.skipif(sys.platform == "win32", reason="the stand-in is a
 @needs_sh
 def test_the_drivers_command(tmp_path: Path) -> None:
     path = command(tmp_path, "echo 'NVIDIA H200, 143771, 9.0, 570.86.15'; echo 'NVIDIA GB10, [N/A], [N/A], 570.86.15'")
-    found = nvidia.survey(tmp_path, path)
+    found = nvidia.survey(tmp_path, path, timeout=WAIT)
     assert found.driver == "570.86.15"
     assert found.devices == (
         nvidia.NvidiaDevice("NVIDIA H200", 143771 * 2**20, "9.0"),
@@ -175,14 +176,14 @@ PROBLEMS = {
     "echo 'no devices were found'; exit 6": "failed with status 6: no devices were found",
     "echo 'cannot reach the driver' >&2; exit 9": "failed with status 9: cannot reach the driver",
     "echo 'Field \"compute_cap\" is not valid'": "failed with status 0: Field",
-    "exec sleep 60": "did not answer in 0.2 s",
+    "exec sleep 600": "did not answer in 0.2 s",
 }
 
 
 @needs_sh
 @pytest.mark.parametrize("body", PROBLEMS)
 def test_a_driver_that_fails_is_reported(tmp_path: Path, body: str) -> None:
-    found = nvidia.survey(tmp_path, command(tmp_path, body), timeout=0.2 if "sleep" in body else 30)
+    found = nvidia.survey(tmp_path, command(tmp_path, body), timeout=0.2 if "sleep" in body else WAIT)
     assert PROBLEMS[body] in found.problem
     assert found.devices == ()
 

@@ -28,6 +28,7 @@ from dilated_factory import (
 HERE = ("standard", "improved")
 OF_RANKS = ("ring", "distributed", "block_sparse_ring")
 EVERY = (*HERE, *OF_RANKS, "block_sparse")
+WAIT = 120.0  # seconds after which ranks that hang fail
 
 
 @pytest.fixture
@@ -383,7 +384,7 @@ def test_shards_that_do_not_belong_together(name: str, shapes: list[dict[str, An
         return output
 
     with pytest.raises(ValueError, match=f"^the ranks were called with different arguments: .*{words}"):
-        comm.run_ranks(2, work, timeout=30.0)
+        comm.run_ranks(2, work, timeout=WAIT)
 
 
 @pytest.mark.usefixtures("others")
@@ -395,6 +396,6 @@ def test_a_rank_that_refuses_its_shard_is_named_to_the_others() -> None:
             single("ring", group=rank, bounds=[0, 8, 16])(*[heads(length=8 - rank.rank)] * 3)
         return str(raised.value)
 
-    others_say, its_own = comm.run_ranks(2, work, timeout=30.0)
+    others_say, its_own = comm.run_ranks(2, work, timeout=WAIT)
     assert "rank 1 refused its arguments" in others_say
     assert its_own.startswith("query: ")

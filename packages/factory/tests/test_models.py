@@ -27,9 +27,9 @@ VOCAB, EMBED, HEADS, LAYERS = 17, 16, 2, 2
 SEGMENTS, RATES = (8, 32), (1, 2)
 
 
-def language_model(**options: object) -> LongNetLM:
+def language_model(num_layers: int = LAYERS, **options: object) -> LongNetLM:
     torch.manual_seed(1)
-    return LongNetLM(VOCAB, EMBED, HEADS, LAYERS, SEGMENTS, RATES, **options)
+    return LongNetLM(VOCAB, EMBED, HEADS, num_layers, SEGMENTS, RATES, **options)
 
 
 def encoder(**options: object) -> LongNet:
@@ -199,19 +199,24 @@ def test_checkpointing_saves_memory() -> None:
 DROPPING = {"dropout": 0.1, "attention_dropout": 0.2, "checkpoint_activations": True}
 
 
+# Inductor has a C++ compiler make every kernel, seconds each: of one layer, and of what its losses need alone.
+BARE = {"num_layers": 1, "positions": "none", "layer_norm": False, "bias": False, "activation": "relu"}
+
+
 @pytest.mark.slow
-def test_training_with_a_compiled_loss_is_training() -> None:
+@pytest.mark.parametrize(("backend", "options"), [("aot_eager", {}), ("inductor", BARE)], ids=["aot_eager", "inductor"])
+def test_training_with_a_compiled_loss_is_training(backend: str, options: dict[str, object]) -> None:
     """Two steps, the forward pass and the loss in one graph: the losses of eager steps."""
     losses: dict[bool, list[float]] = {}
     for compiled in (False, True):
         torch._dynamo.reset()
-        model = language_model(**DROPPING)
+        model = language_model(**DROPPING, **options)
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
         def loss_of(text: Tensor, model: LongNetLM = model) -> Tensor:
             return functional.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
 
-        call = torch.compile(loss_of, fullgraph=True) if compiled else loss_of
+        call = torch.compile(loss_of, fullgraph=True, backend=backend) if compiled else loss_of
         torch.manual_seed(5)
         losses[compiled] = []
         # torch's own generator in inductor's kernels too, so that both drop the same.

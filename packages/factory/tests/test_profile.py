@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ import torch
 from dilated_factory import Hardware, Policy, Profile, SharedResources, create_dilated_attention
 from dilated_factory import profile as profiles
 from dilated_factory.profile import AUTO, FORMAT, MEASURED_WITH, NEVER_BYTES, VARIABLE, KernelRule, load, users_profile
+
+WAIT = 120.0  # seconds after which processes that hang fail
 
 
 def fitting(**changes: Any) -> Profile:
@@ -256,32 +259,41 @@ def test_a_folder_in_its_place_is_one_warning_and_no_crash(users: Path) -> None:
     one_warning_of_many_creations(str(users))
 
 
+# Writes until it is told to stop.
 WRITER = """
 import sys
-from dataclasses import replace
+from pathlib import Path
 from dilated_factory.profile import Profile
 
 here = Profile("here", "cpu", measurements=tuple({"part": sys.argv[2], "n": n} for n in range(2000)))
-for _ in range(20):
+while not Path(sys.argv[3]).exists():
     here.save(sys.argv[1])
 """
 
 
 def test_of_two_processes_that_write_at_once_one_leaves_a_whole_file(tmp_path: Path) -> None:
-    place = tmp_path / "profile.json"
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(place), who]) for who in ("one", "two")]
+    place, enough = tmp_path / "folder" / "profile.json", tmp_path / "enough"
+    place.parent.mkdir()
+    command = [sys.executable, "-c", WRITER, str(place)]
+    writers = [subprocess.Popen([*command, who, str(enough)]) for who in ("one", "two")]
+    seen: list[str] = []
+    deadline = time.monotonic() + WAIT
     try:
-        seen = 0
-        while any(writer.poll() is None for writer in writers):
+        # Each has written while the other did.
+        while not (seen.count("one") >= 10 and seen.count("two") >= 10):
+            assert all(writer.poll() is None for writer in writers), "a writer failed"
+            assert time.monotonic() < deadline, f"seen so far: {seen}"
             if place.exists():
-                seen += len({one["part"] for one in load(place).measurements}) == 1
-        assert [writer.wait(timeout=60) for writer in writers] == [0, 0]
+                [who] = {one["part"] for one in load(place).measurements}
+                seen.append(who)
+        enough.touch()
+        assert [writer.wait(timeout=WAIT) for writer in writers] == [0, 0]
     finally:
         for writer in writers:
             writer.kill()
-    assert seen
+            writer.wait()
     assert len(load(place).measurements) == 2000
-    assert [one.name for one in tmp_path.iterdir()] == ["profile.json"]
+    assert [one.name for one in place.parent.iterdir()] == ["profile.json"]
 
 
 def test_a_profile_of_ones_own_wins_over_the_users(users: Path) -> None:

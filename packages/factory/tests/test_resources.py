@@ -35,7 +35,7 @@ from dilated_memory_pool.backends import HostBackend
 CPU = torch.device("cpu")
 SHORT = Policy(pool_lightweight_from=100, pool_full_from=200)
 MIB = 2**20
-WAIT = 60  # seconds after which a test that hangs fails
+WAIT = 120  # seconds after which a test that hangs fails
 
 
 def make(resources: SharedResources, **options: Any) -> nn.Module:

@@ -331,7 +331,7 @@ def test_beam_search_with_a_cache_equals_beam_search_without(name: str) -> None:
     assert torch.equal(cached, full)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_the_last_rows_are_those_of_the_whole_call(data: st.DataObject) -> None:
     branches = data.draw(st.integers(1, 3))

@@ -16,15 +16,17 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from itertools import count
 
 from dilated_factory.coordination.line import Line
 from dilated_factory.coordination.table import Table
 
-# How long a charge waits for others of this rank that are under way. They take one round trip each. One that a
-# finaliser or a signal handler interrupts, in this very thread, does not end before this one.
-_PATIENCE_SECONDS = 0.25
+# How long a charge waits for those of other threads that are under way. They take one round trip each, and longer
+# where the machine lets their thread wait. It ends because two threads whose charges wait for each other's, each in
+# the middle of a charge of its own, would wait for ever.
+_PATIENCE_SECONDS = 10.0
 
 
 class Ledger:
@@ -52,7 +54,7 @@ class Ledger:
         self._process = os.getpid()
         self._tickets, self._stamps = count(), count()
         self._charges: dict[int, int] = {}
-        self._under_way: dict[int, None] = {}
+        self._under_way: dict[int, int] = {}  # the thread of each
         self._seen = Table.read(line.exchange(self.key, "", Table.blank(ranks).text))
 
     @property
@@ -90,13 +92,16 @@ class Ledger:
             if self.settle(before):
                 if self._seen is before:
                     return missing
+            elif threading.get_ident() in self._under_way.copy().values():
+                # A finaliser or a signal handler interrupts a charge, which does not end before this one.
+                return missing
             else:
                 time.sleep(0.0005)
             if time.monotonic() > deadline:
                 return missing
 
     def _charge(self, ticket: int, nbytes: int) -> int:
-        self._under_way[ticket] = None
+        self._under_way[ticket] = threading.get_ident()
         try:
             if self.closed:  # looked at after the entry above: who closes and then settles sees one or the other
                 raise RuntimeError(f"rank {self.rank}: the pool coordinator is closed; make its pools anew without it")
