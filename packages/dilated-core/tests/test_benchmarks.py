@@ -21,6 +21,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import bench_card  # noqa: E402
 import bench_cpu_matmul  # noqa: E402
 import bench_decode  # noqa: E402
+import bench_dilated_attention  # noqa: E402
 import card_cases  # noqa: E402
 import card_measuring  # noqa: E402
 import card_page  # noqa: E402
@@ -28,11 +29,15 @@ import card_page  # noqa: E402
 CPU = torch.device("cpu")
 
 
-def _run(name: str, folder: Path, *sizes: str) -> list[dict[str, Any]]:
-    """The rows that the benchmark wrote."""
-    command = [sys.executable, str(BENCHMARKS / f"bench_{name}.py"), *sizes, "--threads", "1", "--output", str(folder)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert ran.returncode == 0, ran.stderr
+def _run(script: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, *sizes: str) -> list[dict[str, Any]]:
+    """The rows that the benchmark wrote, run in this process: another would first import torch."""
+    options = [*sizes, "--threads", "1", "--output", str(folder)]
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *options])
+    script.main()
+    return _written(script.__name__.removeprefix("bench_"), folder)
+
+
+def _written(name: str, folder: Path) -> list[dict[str, Any]]:
     page = (folder / f"{name}.md").read_text()
     assert f"Raw data: [{name}.json]({name}.json). Command, from the repository's root: `python packages/" in page
     return _rows(folder / f"{name}.json")
@@ -44,23 +49,28 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def test_short_sequences(tmp_path: Path) -> None:
-    rows = _run("short", tmp_path, "--sizes", "33", "--repeats", "2")
+    """As a program of its own, as all of them are meant to run."""
+    command = [sys.executable, str(BENCHMARKS / "bench_short.py"), "--sizes=33", "--repeats=2", "--threads=1"]
+    ran = subprocess.run([*command, f"--output={tmp_path}"], capture_output=True, text=True, timeout=600, check=False)
+    assert ran.returncode == 0, ran.stderr
+    rows = _written("short", tmp_path)
     assert [(row["dtype"], row["dense_seq"]) for row in rows] == [("float32", 38), ("bfloat16", 38)]
     assert all(0 < row["deviation_from_oracle"] < 2e-2 for row in rows)
     assert (tmp_path / "short.md").read_text().count("\n| 33 |") == 2
 
 
-def test_cpu_matmul(tmp_path: Path) -> None:
+def test_cpu_matmul(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := kernels.survey(torch.device("cpu"), torch.bfloat16, 64)["cpu_matmul"]:
         pytest.skip(reason)
-    rows = _run("cpu_matmul", tmp_path, "--rows", "300", "--scores", "1000", "--repeats", "1")
+    options = ["--rows", "300", "--scores", "1000", "--repeats", "1"]
+    rows = _run(bench_cpu_matmul, tmp_path, monkeypatch, *options)
     assert [row["is_causal"] for row in rows] == [False, True]
     assert all(set(row["deviation_from_float64"]) == {"cpu_flash", "cpu_matmul"} for row in rows)
     assert (tmp_path / "cpu_matmul.md").read_text().count("\n| 300 |") == 2
 
 
-def test_dilated_attention(tmp_path: Path) -> None:
-    rows = _run("dilated_attention", tmp_path, "--sizes", "300", "--repeats", "2")
+def test_dilated_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = _run(bench_dilated_attention, tmp_path, monkeypatch, "--sizes", "300", "--repeats", "2")
     assert [(row["dtype"], row["pass"]) for row in rows] == [
         ("float32", "forward"),
         ("bfloat16", "forward"),

@@ -107,7 +107,8 @@ def test_two_graphs_serve_every_length(make: Callable[..., tuple[nn.Module, Argu
 
 
 def test_inductor_gives_the_same_gradients() -> None:
-    module, inputs = multihead(1, is_causal=True)
+    # Without biases: each of their gradients is one more kernel of C++, which costs seconds.
+    module, inputs = multihead(1, is_causal=True, bias=False)
     compare(module, torch.compile(module, fullgraph=True), inputs(33), {"key_padding_mask": mask(33)})
 
 
@@ -194,5 +195,5 @@ def test_an_exported_program_runs_in_another_process(tmp_path: Path) -> None:
     out = module(sequence, key_padding_mask=mask(70))[0]
     for name, tensor in (("sequence", sequence), ("padding", mask(70)), ("out", out)):
         torch.save(tensor.detach(), tmp_path / f"{name}.pt")
-    done = subprocess.run([sys.executable, "-c", LOAD, tmp_path], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", LOAD, tmp_path], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -93,5 +93,6 @@ def test_threads_leave_torchs_switch_for_sparse_checks_as_it_was() -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(60)
+            thread.join(300)
+        assert not any(thread.is_alive() for thread in threads)
         assert not torch.sparse.check_sparse_tensor_invariants.is_enabled()

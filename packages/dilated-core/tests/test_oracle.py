@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
@@ -57,19 +58,19 @@ def test_every_combination_of_options(
     assert_close(case, dtype, run(case, dtype, with_lse=True, **options), oracle(case, dtype, with_lse=True))
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(case=cases(options=True))
 def test_any_problem_float64(case: Case) -> None:
     assert_close(case, torch.float64, run(case, torch.float64), oracle(case, torch.float64))
 
 
-@settings(max_examples=80)
+@settings(max_examples=40)
 @given(case=cases(options=True))
 def test_any_problem_float32(case: Case) -> None:
     assert_close(case, torch.float32, run(case, torch.float32), oracle(case, torch.float32))
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(case=cases(options=True))
 def test_gradient_through_lse(case: Case) -> None:
     """The lse has an exact gradient too, in the fused path as in the plain one."""
@@ -78,16 +79,16 @@ def test_gradient_through_lse(case: Case) -> None:
         assert_close(case, torch.float64, run(case, torch.float64, with_lse=True, fused=fused), expected)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(case=cases(options=True))
 def test_plain_and_fused_paths_agree(case: Case) -> None:
     assert_close(case, torch.float32, run(case, torch.float32, fused=False), run(case, torch.float32))
 
 
 HALF_CASES = [
-    Case(1, 601, 4, 64, (601,), (1,)),
-    Case(2, 509, 5, 32, (64, 128, 512), (1, 2, 4)),
-    Case(1, 1024, 8, 64, (128, 256, 1024), (1, 4, 6), is_causal=True),
+    Case(1, 601, 2, 64, (601,), (1,)),
+    Case(1, 509, 5, 32, (64, 128, 512), (1, 2, 4)),
+    Case(1, 640, 6, 64, (128, 256, 640), (1, 4, 6), is_causal=True),
     Case(2, 389, 6, 32, (64, 200), (1, 4), semantics="torchscale", kv_heads=2, mask="random"),
     Case(2, 307, 5, 16, (64, 400), (1, 3), is_causal=True, semantics="grouped", mask="right"),
 ]
@@ -107,12 +108,16 @@ def test_half_precision_beside_dense(case: Case, dtype: torch.dtype, options: di
     """
     times = 3 if options.get("fused") is False and case.semantics == "torchscale" else 2
     ours, exact = run(case, dtype, **options), oracle(case, dtype)
+    for name, of_dense in _errors_of_dense(case, dtype).items():
+        assert deviation(getattr(ours, name), getattr(exact, name)) <= times * of_dense, name
+
+
+@lru_cache(maxsize=1)
+def _errors_of_dense(case: Case, dtype: torch.dtype) -> dict[str, float]:
     *qkv, cotangent = case.tensors(4, dtype)
-    dense = _dense(qkv, cotangent, case.is_causal)
-    dense_exact = _dense([tensor.double() for tensor in qkv], cotangent.double(), case.is_causal)
-    for index, name in enumerate(("out", "dq", "dk", "dv")):
-        allowed = times * deviation(dense[index], dense_exact[index])
-        assert deviation(getattr(ours, name), getattr(exact, name)) <= allowed, name
+    rounded = _dense(qkv, cotangent, case.is_causal)
+    exact = _dense([tensor.double() for tensor in qkv], cotangent.double(), case.is_causal)
+    return dict(zip(("out", "dq", "dk", "dv"), map(deviation, rounded, exact), strict=True))
 
 
 def _dense(qkv: list[Tensor], cotangent: Tensor, is_causal: bool) -> list[Tensor]:

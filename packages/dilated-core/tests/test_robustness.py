@@ -174,7 +174,7 @@ def test_threads_give_the_bits_of_one(options: dict[str, object]) -> None:
 
     def results(number: int, barrier: Barrier | None = None) -> list[Tensor]:
         if barrier is not None:
-            barrier.wait(timeout=60)
+            barrier.wait(timeout=300)
         leaf = sequences[number].clone().requires_grad_()
         out, _ = module(leaf, key_padding_mask=padding[number])
         return [out, *torch.autograd.grad(out, [leaf, *module.parameters()], cotangents[number])]

@@ -62,19 +62,22 @@ def test_agrees_with_the_oracle(case: Case, is_causal: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("semantics", "is_causal", "mask", "kv_heads"),
+    ("semantics", "is_causal", "mask", "batch", "heads", "kv_heads"),
     [
-        ("paper", False, "random", 2),
-        ("paper", True, "right", 1),
-        ("torchscale", False, "none", None),
-        ("torchscale", False, "random", 2),
-        ("torchscale", True, "right", 1),
-        ("grouped", False, "right", 2),
-        ("grouped", True, "none", 1),
+        ("paper", False, "random", 1, 4, 2),
+        ("paper", True, "right", 2, 2, 1),
+        ("torchscale", False, "none", 1, 2, None),
+        ("torchscale", False, "random", 1, 4, 2),
+        ("torchscale", True, "right", 2, 2, 1),
+        ("grouped", False, "right", 2, 4, 2),
+        ("grouped", True, "none", 1, 2, 1),
     ],
 )
-def test_options_agree_with_the_oracle(semantics: str, is_causal: bool, mask: str, kv_heads: int | None) -> None:
-    case = replace(SMALL, batch=2, heads=4, is_causal=is_causal, mask=mask, kv_heads=kv_heads)
+def test_options_agree_with_the_oracle(
+    semantics: str, is_causal: bool, mask: str, batch: int, heads: int, kv_heads: int | None
+) -> None:
+    """As few programs as show each option: every head and batch row is one more for each tile."""
+    case = replace(SMALL, batch=batch, heads=heads, is_causal=is_causal, mask=mask, kv_heads=kv_heads)
     _check(case.meaning(semantics))
 
 
@@ -103,15 +106,15 @@ def test_layouts(layout: str) -> None:
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 3.0])
 def test_scales(scale: float) -> None:
-    _check(replace(SMALL, heads=2, scale=scale))
+    _check(replace(SMALL, heads=1, scale=scale))
 
 
 @settings(max_examples=3)
 @given(case=cases(options=True))
 def test_any_small_problem(case: Case) -> None:
-    heads = min(case.heads, 3)
+    heads = min(case.heads, 2)
     kv_heads = None if case.kv_heads is None or heads % case.kv_heads else case.kv_heads
-    _check(replace(case, batch=1, seq=min(case.seq, 40), heads=heads, kv_heads=kv_heads).meaning(case.semantics))
+    _check(replace(case, batch=1, seq=min(case.seq, 33), heads=heads, kv_heads=kv_heads).meaning(case.semantics))
 
 
 @pytest.mark.fuzz
@@ -127,7 +130,7 @@ def test_results_do_not_depend_on_the_order_of_rows(is_causal: bool, monkeypatch
         assert len(bounds) == 1
         return torch.stack([torch.randperm(bounds[0][1]).int() for _ in range(phases.shape[1])])
 
-    case = replace(MIXED, heads=2, is_causal=is_causal)
+    case = replace(SMALL, heads=2, is_causal=is_causal)
     monkeypatch.setattr("dilated_core.kernels.triton.schedule.row_order", shuffled)
     triton_kernel._recent_tables.cache_clear()
     _check(case)
@@ -174,7 +177,7 @@ def test_tables_are_kept_in_the_store_of_the_caller() -> None:
             return self.kept[key]
 
     store = Store()
-    query = torch.randn(1, 20, 2, 8, requires_grad=True)
+    query = torch.randn(1, 9, 2, 8, requires_grad=True)
     for _ in range(2):
         out = dilated_attention(query, query, query, [4, 8], [1, 2], kernel="triton", patterns=store)
         torch.autograd.grad(out, query, torch.randn_like(out))
@@ -182,7 +185,7 @@ def test_tables_are_kept_in_the_store_of_the_caller() -> None:
 
 
 def test_what_padding_holds_has_no_influence() -> None:
-    query, key, value, cotangent = torch.randn(4, 1, 21, 2, 8).unbind()
+    query, key, value, cotangent = torch.randn(4, 1, 21, 1, 8).unbind()
     real = torch.arange(21)[None] < 13
     results = []
     for filler in (0.0, float("nan")):
@@ -217,7 +220,7 @@ def test_empty_inputs() -> None:
         assert torch.autograd.grad(out.sum(), query)[0].shape == out.shape == shape
 
 
-@pytest.mark.parametrize(("rows", "keys"), [(3, 20), (20, 3), (1, 150)])
+@pytest.mark.parametrize(("rows", "keys"), [(3, 20), (20, 3), (1, 130)])
 @pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
 def test_one_tile_of_any_lengths(rows: int, keys: int, masked: bool) -> None:
     """The last has so few rows that the keys are split over several programs."""
@@ -241,7 +244,7 @@ def test_one_tile_of_any_lengths(rows: int, keys: int, masked: bool) -> None:
 
 
 def test_splits_change_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    query, (key, value) = torch.randn(1, 2, 1, 8), torch.randn(2, 1, 150, 1, 8)
+    query, (key, value) = torch.randn(1, 2, 1, 8), torch.randn(2, 1, 130, 1, 8)
     problem = kernels.Problem(*(tensor.transpose(1, 2) for tensor in (query, key, value)), is_causal=False, scale=1.0)
     assert launch.useful_splits(triton_kernel._tile_work(problem), 4, fewest_blocks=4) == 2
     split = attend(query, key, value, kernel="triton")
@@ -267,9 +270,9 @@ def test_compiled_into_one_graph() -> None:
     def loss(query: Tensor) -> Tensor:
         return dilated_attention(query, query, query, [4, 8], [1, 2], kernel="triton").square()
 
-    query = torch.randn(1, 19, 2, 8, requires_grad=True)
+    query = torch.randn(1, 9, 2, 8, requires_grad=True)
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    cotangent = torch.randn(1, 19, 2, 8)
+    cotangent = torch.randn(1, 9, 2, 8)
     [expected], [found] = (torch.autograd.grad(run(query), query, cotangent) for run in (loss, compiled))
     assert torch.allclose(found, expected)
 

@@ -15,6 +15,10 @@ from pathlib import Path
 import pytest
 from triton_compile import REGISTERS_PER_THREAD, SHARED_PER_BLOCK, Case, Compiled, compile_cases
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import bench_triton_compile
+
 pytest.importorskip("triton")
 
 CORNERS = [
@@ -22,16 +26,13 @@ CORNERS = [
     Case("forward", 80, 16, "bfloat16", ordered=False),
     Case("forward", 90, 48, "float16", torchscale=True, masked=True),
     Case("forward", 90, 64, "bfloat16", is_causal=True, masked=True, packed=True, grouped=True),
-    Case("forward", 80, 128, "bfloat16", is_causal=True),
     Case("forward", 90, 256, "bfloat16", is_causal=True),
     Case("forward", 80, 64, "float32"),
     Case("forward", 90, 64, "float32", tf32=True),
     Case("grad_query", 80, 64, "float16", torchscale=True, masked=True, packed=True),
     Case("grad_query", 90, 128, "bfloat16", is_causal=True),
-    Case("grad_query", 80, 256, "bfloat16"),
     Case("grad_key_value", 80, 64, "bfloat16", is_causal=True, masked=True, packed=True, grouped=True),
     Case("grad_key_value", 90, 48, "bfloat16", torchscale=True),
-    Case("grad_key_value", 90, 128, "float16", is_causal=True),
     Case("grad_key_value", 80, 256, "bfloat16", is_causal=True),
 ]
 
@@ -86,7 +87,7 @@ def faults(case: Case, made: Compiled) -> list[str]:
 
 @pytest.fixture(scope="module")
 def corners(tmp_path_factory: pytest.TempPathFactory) -> dict[Case, Compiled]:
-    return dict(compile_cases([*CORNERS, TOO_LARGE], tmp_path_factory.mktemp("triton"), timeout=400))
+    return dict(compile_cases([*CORNERS, TOO_LARGE], tmp_path_factory.mktemp("triton"), processes=1, timeout=1200))
 
 
 @pytest.mark.slow
@@ -112,17 +113,16 @@ for program in ("forward", "row_stats", "grad_query", "grad_key_value"):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     command = [sys.executable, "-c", ask]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split() == ["1"] * 10
 
 
 @pytest.mark.slow
-def test_the_table_says_what_fits(tmp_path: Path) -> None:
-    script = Path(__file__).parents[1] / "benchmarks" / "bench_triton_compile.py"
-    options = ["--programs=forward", "--cards=90", "--head-dims=16", "--precisions=bfloat16", f"--output={tmp_path}"]
-    ran = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=200, check=False)
-    assert ran.returncode == 0, ran.stderr
+def test_the_table_says_what_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--programs=forward", "--cards=90", "--head-dims=16", "--precisions=bfloat16", "--processes=1"]
+    monkeypatch.setattr(sys, "argv", ["bench_triton_compile.py", *options, f"--output={tmp_path}"])
+    bench_triton_compile.main()
     rows = json.loads((tmp_path / "triton_compile.json").read_text())["rows"]
     assert [row["options"] for row in rows] == ["none", "all"]
     assert all(0 < row["shared"] <= row["shared_limit"] and row["blocks_per_processor"] >= 1 for row in rows)

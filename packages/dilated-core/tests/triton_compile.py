@@ -19,8 +19,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -127,6 +128,8 @@ def compile_cases(
     cases: Sequence[Case], cache: Path, *, processes: int = 2, timeout: float = 600.0
 ) -> Iterator[tuple[Case, Compiled]]:
     """Compile all, in ``processes`` processes, with Triton's cache at ``cache``; yields them in their order.
+
+    One process costs the least, as each more imports torch and Triton anew; several end sooner on a free machine.
 
     Raises RuntimeError with what the compiler says where one does not compile, subprocess.TimeoutExpired past
     ``timeout`` seconds.
@@ -273,9 +276,12 @@ def _resources(cubin: bytes) -> dict[str, int]:
 
 def main() -> None:
     """Compile the cases from standard input."""
-    cases = [Case(*fields) for fields in json.load(sys.stdin)]
-    with ProcessPoolExecutor(int(sys.argv[1]), mp_context=get_context("spawn")) as pool:
-        for compiled in pool.map(compile_case, cases):
+    cases, processes = [Case(*fields) for fields in json.load(sys.stdin)], int(sys.argv[1])
+    with ExitStack() as stack:
+        each: Callable[..., Iterator[Compiled]] = map
+        if processes > 1:
+            each = stack.enter_context(ProcessPoolExecutor(processes, mp_context=get_context("spawn"))).map
+        for compiled in each(compile_case, cases):
             sys.stdout.write(json.dumps(compiled._asdict()) + "\n")
 
 
