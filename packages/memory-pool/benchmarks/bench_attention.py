@@ -268,9 +268,14 @@ def cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def time_dynamic(
-    record: Record, device: torch.device, workers: Mapping[str, Worker], lengths: Sequence[int], passes: int
+    record: Record,
+    device: torch.device,
+    workers: Mapping[str, Worker],
+    lengths: Sequence[int],
+    passes: int,
+    quick: bool,
 ) -> None:
-    """A new length at every call."""
+    """A new length at every call. A ``quick`` run starts fewer processes: all rows have the first dtype's memory."""
     names = [*makers(device), *workers]
     section = record.section(
         "dynamic",
@@ -290,10 +295,12 @@ def time_dynamic(
             *(f"{name}: memory" for name in names),
         ],
     )
+    memory: dict[str, dict[str, Any]] = {}
     for dtype in dtypes(device):
         tensors = inputs(max(lengths), dtype, str(device))
         pools = variants(device)
-        memory = peaks(device, lengths, dtype)
+        if not (quick and memory):
+            memory = peaks(device, lengths, dtype)
         taken: dict[str, list[Sample]] = {name: [] for name in (*pools, *workers)}
         for _ in range(1 + passes):
             for name, sample in one_pass(tensors, pools, workers, lengths, dtype).items():
@@ -441,7 +448,7 @@ def main() -> None:
         }
         time_lengths(record, device, workers, lengths, rounds, backward=False)
         time_lengths(record, device, workers, trained, rounds, backward=True)
-        time_dynamic(record, device, workers, changing, passes)
+        time_dynamic(record, device, workers, changing, passes, arguments.quick)
     if device.type == "cpu":
         replay_requests(record, changing)
 

@@ -16,8 +16,14 @@ from fake_device import FakeBackend, FakeDevice
 from dilated_memory_pool import MemoryPool
 from dilated_memory_pool.backends import Backend, HostBackend
 
-# No deadlines: a first call warms caches. Derandomised, so that a red run is red again.
-hypothesis.settings.register_profile("dilated", deadline=None, derandomize=True, print_blob=True)
+# Nothing about time: a first call warms caches, and machines are busy. Derandomised, so that a red run is red again.
+hypothesis.settings.register_profile(
+    "dilated",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize=True,
+    print_blob=True,
+)
 hypothesis.settings.load_profile("dilated")
 
 # On tensors this small a second thread only waits for the first, and where processors are shared it waits for long.
@@ -96,6 +102,20 @@ def pinned() -> Iterator[MemoryPool]:
     torch.cuda.synchronize()
 
 
+@pytest.fixture(autouse=True, scope="module")
+def frozen() -> None:
+    """What exists before a file's first test is no business of the collector: torch alone is some hundred thousand
+    objects, and a pool that is full collects before it refuses.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """When the interpreter ends, libraries look for what they leak: what is frozen would seem to be."""
+    gc.unfreeze()
+
+
 @pytest.fixture
 def no_gc() -> Iterator[None]:
     """Nothing is collected but by ``gc.collect()``, which is quick: what exists now it need not walk."""
@@ -104,7 +124,6 @@ def no_gc() -> Iterator[None]:
     gc.disable()
     yield
     gc.enable()
-    gc.unfreeze()
 
 
 @pytest.fixture
@@ -116,4 +135,3 @@ def eager_gc() -> Iterator[None]:
     gc.set_threshold(1)
     yield
     gc.set_threshold(*threshold)
-    gc.unfreeze()

@@ -1,16 +1,50 @@
-"""What must be true of a pool at any moment, and memory that is read and written behind everybody's back."""
+"""What must be true of a pool at any moment, also in many threads; memory read and written behind everybody's back."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import threading
+import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
 from dilated_memory_pool import MemoryPool, PoolSnapshot
 
+PATIENCE = 120  # seconds, before a test calls it a deadlock
 _TAG_BYTES = 8
+
+
+def in_threads(work: Callable[[int], object], threads: int = 4) -> None:
+    """Call ``work(number)`` in so many threads at once, and raise what one of them raised."""
+    start = threading.Barrier(threads)
+    failures: list[BaseException] = []
+
+    def guarded(number: int) -> None:
+        try:
+            start.wait(PATIENCE)
+            work(number)
+        except BaseException as failure:
+            failures.append(failure)
+
+    running = [threading.Thread(target=guarded, args=(number,), daemon=True) for number in range(threads)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "deadlock"
+    if failures:
+        raise failures[0]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Return once it holds."""
+    last = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < last, "it never came to that"
+        time.sleep(0.001)
 
 
 class _CudaBytes:

@@ -10,6 +10,7 @@ from contextlib import suppress
 from fractions import Fraction
 
 import pytest
+from pool_checks import PATIENCE, in_threads
 
 from dilated_memory_pool import MemoryPool, PoolLimitError, PoolMemoryError
 from dilated_memory_pool.adaptors import (
@@ -246,18 +247,14 @@ def test_a_budget_shared_by_two_pools_is_never_exceeded_by_four_threads(host, na
             if len(live) > 2:
                 live.pop(0)
         live.clear()
-        last = time.monotonic() + 60
+        last = time.monotonic() + PATIENCE / 2
         while named and not served[index] and time.monotonic() < last:  # the others held it all, whenever it asked
             time.sleep(0.01)
             with suppress(PoolMemoryError):
                 pools[index % 2].allocate(MIB)
                 served[index] += 1
 
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert all(served) if named else any(served)  # what is idle in one pool may starve the other
     assert 0 < witness.peak <= 8 * MIB
     gc.collect()  # a refusal's traceback holds frames, and they hold blocks
@@ -268,20 +265,14 @@ def test_a_budget_shared_by_two_pools_is_never_exceeded_by_four_threads(host, na
 
 def test_threads_at_the_limit_are_granted_exactly_what_fits(host):
     budget = LimitingAdaptor(host, "10MiB")
-    start = threading.Barrier(4)
     granted = []
 
-    def work():
-        start.wait()
+    def work(index):
         for _ in range(20):
             with suppress(MemoryError):
                 granted.append(budget.allocate(MIB))
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work)
     assert len(granted) == 10
     assert budget.used_bytes == budget.limit
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import mmap
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pool_checks import PATIENCE, in_threads
 
 from dilated_memory_pool import PoolLimitError
 from dilated_memory_pool.attention import DEFAULT_POLICIES, AttentionBufferManager, BufferKind
@@ -167,15 +167,12 @@ def test_it_traces_into_one_graph() -> None:
 def test_threads_that_append_lose_no_row_and_mix_none() -> None:
     threads, each = 6, 50
     buffer = make().growable((7,), dtype=torch.int64)
-    start = threading.Barrier(threads)
 
     def work(number: int) -> None:
-        start.wait()
         for turn in range(each):
             buffer.append(torch.full((2, 7), number * each + turn))
 
-    with ThreadPoolExecutor(threads) as workers:
-        list(workers.map(work, range(threads)))
+    in_threads(work, threads)
     rows = buffer.view()
     assert bool((rows == rows[:, :1]).all())
     assert torch.equal(rows[0::2], rows[1::2])
@@ -243,7 +240,7 @@ def test_a_signal_handler_may_look_at_it_in_the_middle_of_an_append() -> None:
     started.set()
     appending = threading.Thread(target=buffer.append, args=(torch.ones(4, dtype=torch.float64),), daemon=True)
     appending.start()
-    appending.join(10)
+    appending.join(PATIENCE)
     assert not appending.is_alive(), "deadlock"
     assert seen == [(1, 1, [1.0])]
     assert buffer.view().tolist() == [1.0] * 5

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
+import signal
 import threading
-import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from fake_device import FakeBackend, FakeDevice
+from pool_checks import PATIENCE, in_threads, until
 
 from dilated_memory_pool.attention import AttentionBufferManager, BufferKind, BufferPolicy
 
 torch = pytest.importorskip("torch")
 
 THREADS = 10
-PATIENCE = 10.0  # seconds that no test needs
 SIZE = 16
 
 
@@ -27,6 +27,10 @@ def causal(empty: Any) -> Any:
 
 def never(empty: Any) -> Any:
     raise AssertionError("there is a tensor already")
+
+
+def all_others_wait(manager: AttentionBufferManager) -> bool:
+    return len(manager._shared._awaited) == THREADS - 1
 
 
 @pytest.fixture
@@ -82,20 +86,16 @@ def test_keys_are_apart_and_so_are_kinds() -> None:
 
 def test_ten_threads_make_a_mask_once_and_share_it(manager: AttentionBufferManager) -> None:
     calls: list[int] = []
-    start = threading.Barrier(THREADS)
+    masks: list[Any] = []
 
     def create(empty: Any) -> Any:
         calls.append(1)
-        time.sleep(0.05)  # long enough for the others to arrive
+        until(lambda: all_others_wait(manager))
         return causal(empty)
 
-    def ask(_: int) -> Any:
-        start.wait()
-        return manager.shared("causal", create)
-
-    with ThreadPoolExecutor(THREADS) as workers:
-        masks = list(workers.map(ask, range(THREADS)))
+    in_threads(lambda _: masks.append(manager.shared("causal", create)), THREADS)
     assert calls == [1]
+    assert len(masks) == THREADS
     assert {id(mask) for mask in masks} == {id(masks[0])}
 
 
@@ -126,24 +126,23 @@ def test_a_tensor_that_appears_between_two_steps_of_a_look_up_is_shared(
 
 def test_a_failure_reaches_its_own_caller_and_those_who_waited_try_in_turn(manager: AttentionBufferManager) -> None:
     calls: list[int] = []
-    start = threading.Barrier(THREADS)
+    answers: list[Any] = []
 
     def create(empty: Any) -> Any:
         calls.append(1)
-        time.sleep(0.02)
         if len(calls) == 1:
+            until(lambda: all_others_wait(manager))
             raise OSError("the first one fails")
         return causal(empty)
 
-    def ask(_: int) -> Any:
-        start.wait()
+    def ask(_: int) -> None:
         try:
-            return manager.shared("causal", create)
+            answers.append(manager.shared("causal", create))
         except OSError as error:
-            return error
+            answers.append(error)
 
-    with ThreadPoolExecutor(THREADS) as workers:
-        answers = list(workers.map(ask, range(THREADS)))
+    in_threads(ask, THREADS)
+    assert len(answers) == THREADS
     failed = [answer for answer in answers if isinstance(answer, OSError)]
     assert len(failed) == 1
     assert len({id(answer) for answer in answers} - {id(failed[0])}) == 1
@@ -161,8 +160,11 @@ def test_a_tensor_that_needs_itself_is_refused(manager: AttentionBufferManager) 
 
 def test_two_threads_that_need_one_another_do_not_hang(manager: AttentionBufferManager) -> None:
     both_inside = threading.Barrier(2)
+    answers: list[Any] = []
 
-    def ask(own: str, other: str) -> Any:
+    def ask(number: int) -> None:
+        own, other = ("a", "b")[number], ("b", "a")[number]
+
         def create(empty: Any) -> Any:
             both_inside.wait(PATIENCE)
             try:
@@ -170,11 +172,11 @@ def test_two_threads_that_need_one_another_do_not_hang(manager: AttentionBufferM
             except RuntimeError:
                 return causal(empty)
 
-        return manager.shared(own, create)
+        answers.append(manager.shared(own, create))
 
-    with ThreadPoolExecutor(2) as workers:
-        answers = [workers.submit(ask, *names) for names in (("a", "b"), ("b", "a"))]
-        assert all(torch.equal(answer.result(PATIENCE), causal(None)) for answer in answers)
+    in_threads(ask, 2)
+    assert len(answers) == 2
+    assert all(torch.equal(answer, causal(None)) for answer in answers)
 
 
 @pytest.mark.parametrize("addressable", [True, False], ids=["pinned-like", "gpu-like"])
@@ -258,11 +260,12 @@ def test_a_child_forked_while_a_tensor_is_made_makes_its_own(manager: AttentionB
 
     with ThreadPoolExecutor(1) as workers:
         mask = workers.submit(manager.shared, "causal", slow)
-        begun.wait(PATIENCE)
+        assert begun.wait(PATIENCE)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads: what this is about
             child = os.fork()
         if not child:
+            signal.alarm(PATIENCE)  # a child that hangs has failed
             made = manager.shared("causal", lambda empty: empty(3, dtype=torch.uint8).fill_(1))
             os._exit(int(made.tolist() != [1, 1, 1]))
         _, status = os.waitpid(child, 0)

@@ -205,7 +205,7 @@ def run_programs(make: MakePool, how: settings) -> None:
 @pytest.mark.usefixtures("no_gc")
 def test_no_byte_is_in_two_live_owners(make: MakePool) -> None:
     is_slow = make().backend.name in ON_A_GPU  # every look at a piece of memory is a copy to the device
-    run_programs(make, settings(max_examples=10 if is_slow else 60, stateful_step_count=40))
+    run_programs(make, settings(max_examples=10 if is_slow else 20, stateful_step_count=40))
 
 
 @pytest.mark.fuzz

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from pool_checks import PATIENCE
 
 from dilated_memory_pool import MemoryPool, current_pool, use_pool
 
@@ -62,9 +63,9 @@ def test_other_threads_have_their_own(pools: tuple[MemoryPool, MemoryPool]) -> N
     def work(pool: MemoryPool) -> bool:
         seen.append(current_pool())
         with use_pool(pool):
-            barrier.wait()
+            barrier.wait(PATIENCE)
             inside = current_pool() is pool
-            barrier.wait()
+            barrier.wait(PATIENCE)
         return inside and current_pool() is None
 
     with use_pool(MemoryPool("host")), ThreadPoolExecutor(2) as executor:

@@ -25,6 +25,7 @@ from dilated_memory_pool.backends import HostBackend
 SHAPE = (64, 1024)
 NBYTES = 4 * 64 * 1024
 LARGE = 64 * 2**20
+ROUNDS = 3
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
@@ -329,8 +330,10 @@ def mapped(address: int) -> bool:
     return False
 
 
-def resident_bytes() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def memory_bytes() -> tuple[int, int]:
+    """What this process has mapped, and what of it is resident."""
+    mapped, resident, *_ = Path("/proc/self/statm").read_text().split()
+    return int(mapped) * os.sysconf("SC_PAGE_SIZE"), int(resident) * os.sysconf("SC_PAGE_SIZE")
 
 
 @linux
@@ -340,7 +343,7 @@ def test_memory_is_really_unmapped(make_on_host: MakePool, end: str) -> None:
     pool = make_on_host()
     block = pool.allocate(LARGE)
     memoryview(block).cast("B")[::4096] = bytes(LARGE // 4096)
-    before, address = resident_bytes(), block.address
+    before, address = memory_bytes()[0], block.address  # not what is resident: the kernel may swap, or merge pages
     if end == "trim":
         del block
         assert pool.trim() == LARGE
@@ -353,14 +356,18 @@ def test_memory_is_really_unmapped(make_on_host: MakePool, end: str) -> None:
         assert mapped(address)
         del block
     assert not mapped(address)
-    assert before - resident_bytes() > LARGE * 0.9
+    assert before - memory_bytes()[0] > LARGE * 0.9
 
 
 # ------------------------------------------------------------------------------------------ for long
 
 
 def endure(pool: MemoryPool, times: int) -> None:
-    """Allocate and free; neither the process nor Python may hold more after it than before."""
+    """Allocate and free; neither the process nor Python may hold more after it than before.
+
+    Of the rounds the one that grows least counts: a leak grows in all, and what else a process takes now and then,
+    such as a page that the kernel makes a huge one, in some.
+    """
 
     def work(turns: int) -> None:
         for turn in range(turns):
@@ -369,17 +376,21 @@ def endure(pool: MemoryPool, times: int) -> None:
         gc.collect()
 
     work(times // 100)  # caches and freed memory of the allocators below settle
-    blocks_before, resident_before = sys.getallocatedblocks(), resident_bytes()
-    work(times // 2)
-    assert sys.getallocatedblocks() - blocks_before < 1000
-    assert resident_bytes() - resident_before < 2**20
+    grown = []
+    for _ in range(ROUNDS):
+        blocks_before, resident_before = sys.getallocatedblocks(), memory_bytes()[1]
+        work(times // ROUNDS)
+        grown.append((sys.getallocatedblocks() - blocks_before, memory_bytes()[1] - resident_before))
+    least_blocks, least_bytes = map(min, zip(*grown, strict=True))
+    assert least_blocks < 500
+    assert least_bytes < 2**18
     assert allocated(pool) == 0
 
 
 @linux
 @pytest.mark.slow
 def test_allocating_and_freeing_does_not_grow(make_on_host: MakePool) -> None:
-    endure(make_on_host(), 200_000)
+    endure(make_on_host(), 60_000)
 
 
 @linux

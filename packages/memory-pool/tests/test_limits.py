@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import threading
 import weakref
@@ -11,9 +10,8 @@ from typing import Any
 
 import pytest
 from conftest import MODES, SMALL_ARENA, MakePool, Mode
-from pool_checks import assert_consistent, assert_drained
+from pool_checks import PATIENCE, assert_consistent, assert_drained, in_threads
 from test_conformance import Cycle
-from test_threads import in_threads
 
 from dilated_memory_pool import MemoryPool, PoolLimitError, PoolStatistics
 from dilated_memory_pool.backends import HostBackend
@@ -53,13 +51,16 @@ def counted(mode: Mode) -> tuple[MemoryPool, CountingBackend]:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_limit_is_never_exceeded_under_eight_threads(mode: Mode) -> None:
     pool, backend = counted(mode)
-    done = threading.Event()
+    sampled, done = threading.Event(), threading.Event()
     samples: list[int] = []
 
     def sample() -> None:
-        while not done.wait(0.001):
+        while True:
             samples.append(pool.statistics().reserved_bytes)
             samples.append(backend.live)
+            sampled.set()
+            if done.wait(0.001):
+                break
 
     def work(number: int) -> None:
         dice = random.Random(number)
@@ -73,18 +74,20 @@ def test_a_limit_is_never_exceeded_under_eight_threads(mode: Mode) -> None:
                     Cycle(owner)
                 del owner
 
+    kept_all_along = pool.allocate(1)
     sampler = threading.Thread(target=sample, daemon=True)
     sampler.start()
-    gc.freeze()
+    assert sampled.wait(PATIENCE)
     try:
-        in_threads(work)
+        in_threads(work, 8)
     finally:
-        gc.unfreeze()
         done.set()
-    sampler.join(10)
+    sampler.join(PATIENCE)
+    assert not sampler.is_alive(), "deadlock"
     assert 0 < max(samples) <= LIMIT
     assert HALF < backend.most <= LIMIT
     assert pool.statistics().peak_reserved_bytes <= LIMIT
+    del kept_all_along
     assert_drained(pool)
     assert backend.live == 0
 

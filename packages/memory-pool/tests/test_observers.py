@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ import time
 from io import StringIO
 
 import pytest
+from pool_checks import PATIENCE, in_threads
 
 from dilated_memory_pool import MemoryPool, PoolEvent, PoolMemoryError
 from dilated_memory_pool.observers import (
@@ -32,27 +34,6 @@ def full(*observers, **options):
     return MemoryPool("host", mode="full", observers=observers, arena_bytes="1MiB", **options)
 
 
-def in_threads(work, count=4):
-    """Run ``work(index)`` in so many threads at once; what one of them raises is raised here."""
-    start = threading.Barrier(count)
-    errors = []
-
-    def run(index):
-        start.wait()
-        try:
-            work(index)
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
 def churn(pool, index, rounds=200):
     """Allocate and free at random, and leave nothing; the bytes asked for altogether."""
     chosen = random.Random(index)
@@ -70,7 +51,7 @@ def in_child(work):
     """Run ``work()`` in a forked child; whether it returned True."""
     child = os.fork()
     if not child:
-        signal.alarm(20)  # a child that hangs has failed
+        signal.alarm(PATIENCE)  # a child that hangs has failed
         try:
             os._exit(0 if work() is True else 1)
         except BaseException:
@@ -307,7 +288,8 @@ def test_the_first_line_says_when_who_and_which_version(tmp_path):
     assert header["start"].endswith("+00:00")
 
 
-def test_lines_are_held_back_until_there_are_many_or_the_log_is_flushed(tmp_path):
+def test_lines_are_held_back_until_there_are_many_or_the_log_is_flushed(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_lines, "_SECONDS", math.inf)
     log = JsonLinesLog(tmp_path / "log")
     pool = full(log)
     block = pool.allocate(10)

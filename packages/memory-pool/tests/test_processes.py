@@ -15,19 +15,26 @@ import dilated_memory_pool
 
 SOURCE = Path(dilated_memory_pool.__file__).parents[1]
 PREAMBLE = """
-import atexit, gc, os, sys, threading, time, warnings
+import atexit, gc, os, signal, sys, threading, time, warnings
 from dilated_memory_pool import MemoryPool
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
 pool = MemoryPool("host", mode={mode!r}, min_bytes=0)
+
+def fork():
+    child = os.fork()
+    if child == 0:
+        signal.alarm({CHILD_SECONDS})  # a child that hangs has failed
+    return child
 """
-WATCHDOG_SECONDS = 30
+CHILD_SECONDS = 60
+WATCHDOG_SECONDS = 120
 
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 
 
 def run(program: str, mode: str) -> None:
     """Exit code 0, and not a word on stderr."""
-    text = PREAMBLE.format(mode=mode) + textwrap.dedent(program)
+    text = PREAMBLE.format(mode=mode, CHILD_SECONDS=CHILD_SECONDS) + textwrap.dedent(program)
     environment = os.environ | {"PYTHONPATH": str(SOURCE)}
     command = [sys.executable, "-W", "error", "-c", text]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=WATCHDOG_SECONDS)
@@ -43,7 +50,7 @@ def test_a_forked_child_has_memory_of_its_own(mode: str) -> None:
         block = pool.allocate(10_000)
         view = memoryview(block).cast("B")
         view[:] = b"p" * 10_000
-        child = os.fork()
+        child = fork()
         if child == 0:
             status = 1
             try:
@@ -89,7 +96,7 @@ def test_a_fork_while_other_threads_allocate_does_not_deadlock(mode: str) -> Non
         for thread in threads:
             thread.start()
         for _ in range(50):
-            child = os.fork()
+            child = fork()
             if child == 0:
                 status = 1
                 try:
@@ -152,7 +159,8 @@ def test_the_interpreter_ends_quietly_whatever_is_alive(mode: str, torch: bool) 
 
         for _ in range(2):
             threading.Thread(target=hammer, daemon=True).start()
-        time.sleep(0.1)
+        while busy.statistics().hits < 100:
+            time.sleep(0.001)
         """,
         mode,
     )
@@ -190,7 +198,8 @@ gc.disable()
 Last(pool)  # collected when the interpreter ends
 for _ in range(4):
     threading.Thread(target=hammer, daemon=True).start()
-time.sleep(0.1)
+while pool.statistics().hits < 100:
+    time.sleep(0.001)
 """,
             mode,
         )
@@ -213,7 +222,7 @@ stuck = MemoryPool("host", mode=pool.mode, size_classes=Sizes())
 gc.disable()
 Last(stuck)  # collected when the interpreter ends
 threading.Thread(target=stuck.allocate, args=(20_000,), daemon=True).start()
-assert inside.wait(10)
+assert inside.wait(60)
 """,
         mode,
     )
@@ -228,7 +237,7 @@ def test_a_forked_child_ends_quietly(mode: str) -> None:
         block = pool.allocate(10_000)
         cycle = [block]
         cycle.append(cycle)
-        child = os.fork()
+        child = fork()
         if child == 0:
             sys.exit(0)
         assert os.waitpid(child, 0)[1] == 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from itertools import count
 from queue import Empty, SimpleQueue
@@ -13,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakePool
-from pool_checks import Piece, assert_consistent, assert_drained, piece_of
+from pool_checks import Piece, assert_consistent, assert_drained, in_threads, piece_of
 from test_conformance import Cycle
 from torch.utils.dlpack import from_dlpack
 
@@ -31,26 +30,6 @@ def hasty_switches() -> Iterator[None]:
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(before)
-
-
-def in_threads(work: Callable[[int], None], threads: int = THREADS) -> None:
-    """Run it in many threads, and raise what one of them raised."""
-    failures: list[BaseException] = []
-
-    def guarded(number: int) -> None:
-        try:
-            work(number)
-        except BaseException as failure:
-            failures.append(failure)
-
-    running = [threading.Thread(target=guarded, args=(number,), daemon=True) for number in range(threads)]
-    for thread in running:
-        thread.start()
-    for thread in running:
-        thread.join(120)
-        assert not thread.is_alive(), "deadlock"
-    if failures:
-        raise failures[0]
 
 
 def owner_of(pool: MemoryPool, dice: random.Random) -> Any:
@@ -92,7 +71,7 @@ def trade(pool: MemoryPool, turns: int) -> None:
                 pool.trim(100_000)
                 assert_consistent(pool, quiet=False)
 
-    in_threads(work)
+    in_threads(work, THREADS)
     while any(not market.empty() for market in markets):
         for market in markets:
             if not market.empty():
@@ -127,7 +106,7 @@ def test_counts_are_exact_in_many_threads(make_on_host: MakePool) -> None:
         for turn in range(turns):
             pool.allocate(4096 * (1 + (turn + number) % 3))
 
-    in_threads(work)
+    in_threads(work, THREADS)
     numbers = pool.statistics()
     assert numbers.hits + numbers.misses == THREADS * turns
     assert numbers.bypasses == numbers.ooms == 0
@@ -143,18 +122,16 @@ def test_autograd_frees_in_its_own_way_in_many_threads(make_on_host: MakePool) -
             (weight * pool.empty(3000).fill_(number + turn)).backward(torch.ones(3000))
         assert torch.equal(weight.grad, torch.full((3000,), sum(number + turn for turn in range(20)) * 1.0))  # type: ignore[arg-type]
 
-    in_threads(work)
+    in_threads(work, THREADS)
     assert_drained(pool)
 
 
 def test_closing_while_others_allocate(make_on_host: MakePool) -> None:
     pool = make_on_host()
-    started = threading.Barrier(THREADS)
     kept: list[Piece] = []
     owners: list[Any] = []
 
     def work(number: int) -> None:
-        started.wait()
         if number == 0:
             pool.close()
             return
@@ -167,7 +144,7 @@ def test_closing_while_others_allocate(make_on_host: MakePool) -> None:
                 kept.append(piece_of(owner, number * 1000 + turn))
                 owners.append(owner)
 
-    in_threads(work)
+    in_threads(work, THREADS)
     assert all(piece.intact() for piece in kept)
     owners.clear()
     assert_drained(pool)

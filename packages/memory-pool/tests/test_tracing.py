@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -112,10 +113,14 @@ def test_the_default_backend_compiles_it() -> None:
     def function(x: torch.Tensor) -> torch.Tensor:
         return pool.empty_like(x).copy_(x).mul_(2) + pool.zeros(x.shape)
 
+    # Most of the time would go by with what one small graph has no use for: a look for vector units, headers that are
+    # compiled ahead, and processes that wait for more to compile.
+    frugal = {"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False, "compile_threads": 1}
     compiled = torch.compile(function, fullgraph=True, dynamic=True)
-    for length in LENGTHS:
-        x = torch.arange(float(length))
-        assert torch.equal(compiled(x), 2 * x)
+    with torch._inductor.config.patch(frugal):
+        for length in LENGTHS:
+            x = torch.arange(float(length))
+            assert torch.equal(compiled(x), 2 * x)
 
 
 @pytest.mark.parametrize("strict", [True, False])

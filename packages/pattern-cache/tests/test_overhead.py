@@ -21,17 +21,6 @@ class Value:
 
 
 @pytest.fixture
-def no_gc() -> Iterator[None]:
-    """Nothing is collected but by ``gc.collect()``, which is quick: what exists now it need not walk."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    yield
-    gc.enable()
-    gc.unfreeze()
-
-
-@pytest.fixture
 def tracing() -> Iterator[None]:
     """Python's own allocations are counted."""
     gc.collect()
