@@ -138,7 +138,7 @@ def sessions() -> tuple[set[str], set[str]]:
     listed = subprocess.run(
         # Without a choice, only the sessions that run by default are listed.
         [sys.executable, "-m", "nox", "--list", "--json", "--keywords", "not nothing"],
-        cwd=ROOT, capture_output=True, text=True, check=True, timeout=60,
+        cwd=ROOT, capture_output=True, text=True, check=True, timeout=300,
     )  # fmt: skip
     entries = json.loads(listed.stdout)
     names = {name for entry in entries for name in (entry["name"], entry["session"])}

@@ -25,7 +25,7 @@ from dilated_pattern_cache.persistence import CacheFileError, load
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICE = ROOT / "packages" / "pattern-cache" / "examples" / "web_service.py"
-SECONDS = 120  # for any answer of another process, on a slow and busy machine
+SECONDS = 300  # for any answer of another process, on a slow and busy machine
 sys.path.insert(0, str(ROOT / "examples"))
 
 import train_64k  # noqa: E402

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import hypothesis
@@ -11,12 +12,30 @@ import torch
 # Without it matrix products on CUDA are refused as not deterministic, see below; cuBLAS reads it when it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# No deadlines: a first call warms caches. Derandomised, so that a red run is red again.
-hypothesis.settings.register_profile("dilated", deadline=None, derandomize=True, print_blob=True)
+# Nothing about time: a first call warms caches, and machines are busy. Derandomised, so that a red run is red again.
+hypothesis.settings.register_profile(
+    "dilated",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize=True,
+    print_blob=True,
+)
 hypothesis.settings.load_profile("dilated")
 
 # On tensors this small a second thread only waits for the first, and where processors are shared it waits for long.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays: the many collections, Python's own and those that tests ask for, need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """When the interpreter ends, libraries look for what they leak: what is frozen would seem to be."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

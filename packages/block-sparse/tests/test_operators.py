@@ -212,8 +212,8 @@ def compare(module: nn.Module, compiled: Callable[..., Any], batch: int, argumen
 
 @pytest.mark.parametrize(
     ("options", "with_extras"),
-    [({}, False), ({"is_causal": True}, False), ({}, True), ({"dropout_p": 0.3}, False)],
-    ids=["plain", "causal", "mask-and-bias", "dropout"],
+    [({}, False), ({"is_causal": True}, True), ({"dropout_p": 0.3}, False)],
+    ids=["plain", "causal-mask-and-bias", "dropout"],
 )
 def test_two_graphs_serve_every_batch(options: dict[str, Any], with_extras: bool) -> None:
     """One for the first batch, one for a second and all others: torch.compile's own way to learn what is dynamic."""
