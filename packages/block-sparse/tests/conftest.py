@@ -8,6 +8,7 @@ import os
 import hypothesis
 import pytest
 import torch
+from hypothesis.database import DirectoryBasedExampleDatabase
 
 # Without it matrix products on CUDA are refused as not deterministic, see below; cuBLAS reads it when it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -21,6 +22,14 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("dilated")
+# Of tests marked fuzz: new examples at every run, and first those of old failures.
+hypothesis.settings.register_profile(
+    "fuzz",
+    hypothesis.settings.get_profile("dilated"),
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "2000")),
+    derandomize=False,
+    database=DirectoryBasedExampleDatabase(".hypothesis/examples"),
+)
 
 # On tensors this small a second thread only waits for the first, and where processors are shared it waits for long.
 torch.set_num_threads(1)

@@ -6,20 +6,17 @@ which the default tests run. FUZZ_EXAMPLES says how many configurations.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.database import DirectoryBasedExampleDatabase
 from sparse_cases import KINDS, MASKS, SHARES, STORAGES, THROUGH, Case, assert_close, oracle, run
 
 from dilated_block_sparse import engine, operators
 from dilated_core import kernels
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "2000"))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
 
@@ -104,7 +101,7 @@ def configurations(draw: st.DrawFn) -> Configuration:
 
 
 @pytest.mark.fuzz
-@settings(max_examples=EXAMPLES, derandomize=False, database=DirectoryBasedExampleDatabase(".hypothesis/examples"))
+@settings(settings.get_profile("fuzz"))
 @given(configuration=configurations())
 def test_any_configuration(configuration: Configuration) -> None:
     configuration.check()

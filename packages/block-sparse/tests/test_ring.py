@@ -86,7 +86,7 @@ def test_any_small_problem(case: Case) -> None:
 
 
 @pytest.mark.fuzz
-@settings(max_examples=1500)
+@settings(settings.get_profile("fuzz"))
 @given(cases(ranks=8))
 def test_any_of_many_small_problems(case: Case) -> None:
     check(case)

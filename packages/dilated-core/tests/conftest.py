@@ -7,6 +7,7 @@ import os
 import hypothesis
 import pytest
 import torch
+from hypothesis.database import DirectoryBasedExampleDatabase
 
 # Without a card, Triton's programs are interpreted. It is decided when they are imported, so before any test.
 if not torch.cuda.is_available():
@@ -14,9 +15,23 @@ if not torch.cuda.is_available():
 # Some matrix products on a card are deterministic only with this, which is read when the first of them starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# No deadlines: a first call warms caches. Derandomised, so that a red run is red again.
-hypothesis.settings.register_profile("dilated", deadline=None, derandomize=True, print_blob=True)
+# Nothing about time: a first call warms caches, and machines are busy. Derandomised, so that a red run is red again.
+hypothesis.settings.register_profile(
+    "dilated",
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    derandomize=True,
+    print_blob=True,
+)
 hypothesis.settings.load_profile("dilated")
+# Of tests marked fuzz: new examples at every run, and first those of old failures.
+hypothesis.settings.register_profile(
+    "fuzz",
+    hypothesis.settings.get_profile("dilated"),
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "2000")),
+    derandomize=False,
+    database=DirectoryBasedExampleDatabase(".hypothesis/examples"),
+)
 
 # On tensors this small a second thread only waits for the first, and where processors are shared it waits for long.
 torch.set_num_threads(1)

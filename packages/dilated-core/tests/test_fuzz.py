@@ -6,7 +6,6 @@ which the default tests run. FUZZ_EXAMPLES says how many configurations.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 import pytest
@@ -14,12 +13,10 @@ import torch
 from core_cases import LAYOUTS, MASKS, Case, assert_close, oracle, packed, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.database import DirectoryBasedExampleDatabase
 
 from dilated_core import kernels
 from dilated_core.plan import SEMANTICS
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "2000"))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
 
@@ -98,7 +95,7 @@ def configurations(draw: st.DrawFn) -> Configuration:
 
 
 @pytest.mark.fuzz
-@settings(max_examples=EXAMPLES, derandomize=False, database=DirectoryBasedExampleDatabase(".hypothesis/examples"))
+@settings(settings.get_profile("fuzz"))
 @given(configuration=configurations())
 def test_any_configuration(configuration: Configuration) -> None:
     configuration.check()

@@ -118,7 +118,7 @@ def test_any_small_problem(case: Case) -> None:
 
 
 @pytest.mark.fuzz
-@settings(max_examples=300)
+@settings(settings.get_profile("fuzz"), max_examples=300)  # the interpreter takes seconds for each
 @given(case=cases(options=True))
 def test_many_problems(case: Case) -> None:
     _check(case)

@@ -14,6 +14,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from hypothesis.database import DirectoryBasedExampleDatabase
 
 from dilated_factory import profile, registry
 
@@ -26,6 +27,14 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("dilated")
+# Of tests marked fuzz: new examples at every run, and first those of old failures.
+hypothesis.settings.register_profile(
+    "fuzz",
+    hypothesis.settings.get_profile("dilated"),
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "2000")),
+    derandomize=False,
+    database=DirectoryBasedExampleDatabase(".hypothesis/examples"),
+)
 
 # On tensors this small a second thread only waits for the first, and where processors are shared it waits for long.
 torch.set_num_threads(1)
@@ -38,6 +47,11 @@ def pytest_collection_finish() -> None:
     """What is imported stays, so the many collections that tests ask for need not look at it again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    """When the interpreter ends, libraries look for what they leak: what is frozen would seem to be."""
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

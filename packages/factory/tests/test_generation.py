@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -145,9 +146,23 @@ def test_rows_of_unequal_length_go_on_as_they_would_alone(positions: str, window
             assert torch.allclose(torch.stack(found)[:, row], expected, rtol=0, atol=1e-10)
 
 
+prompts = given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(0, 3))
+
+
 @settings(max_examples=6)
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=4), st.integers(0, 3))
+@prompts
 def test_any_lengths_go_on_as_they_would_alone(lengths: list[int], more_padding: int) -> None:
+    go_on(lengths, more_padding)
+
+
+@pytest.mark.fuzz
+@settings(settings.get_profile("fuzz"), max_examples=200)  # most of a second for each
+@prompts
+def test_many_lengths_go_on_as_they_would_alone(lengths: list[int], more_padding: int) -> None:
+    go_on(lengths, more_padding)
+
+
+def go_on(lengths: list[int], more_padding: int) -> None:
     model = language_model(dtype=torch.float64)
     prompt = tokens(len(lengths), max(lengths) + more_padding)
     mask = torch.arange(prompt.shape[1]) >= torch.tensor(lengths)[:, None]
@@ -292,15 +307,29 @@ shares = st.floats(0.01, 1.0)
 finely = st.floats(-6, 6).map(lambda logit: round(logit, 6))
 
 
-@settings(max_examples=150)
-@given(
+truncations = given(
     logits=st.lists(st.one_of(st.integers(-3, 3).map(float), finely), min_size=1, max_size=9),
     temperature=st.sampled_from([0.3, 1.0, 1.7]),
     top_k=st.none() | st.integers(1, 9),
     top_p=st.none() | shares,
     min_p=st.none() | st.just(0.0) | shares,
 )
-def test_truncations_are_their_definitions(
+
+
+@settings(max_examples=150)
+@truncations
+def test_truncations_are_their_definitions(logits: list[float], **options: Any) -> None:
+    truncate(logits, **options)
+
+
+@pytest.mark.fuzz
+@settings(settings.get_profile("fuzz"))
+@truncations
+def test_many_truncations_are_their_definitions(logits: list[float], **options: Any) -> None:
+    truncate(logits, **options)
+
+
+def truncate(
     logits: list[float], temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
 ) -> None:
     """Ties among them: of equals the first."""

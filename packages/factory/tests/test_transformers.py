@@ -334,6 +334,17 @@ def test_beam_search_with_a_cache_equals_beam_search_without(name: str) -> None:
 @settings(max_examples=60)
 @given(data=st.data())
 def test_the_last_rows_are_those_of_the_whole_call(data: st.DataObject) -> None:
+    compare_last_rows(data)
+
+
+@pytest.mark.fuzz
+@settings(settings.get_profile("fuzz"))
+@given(data=st.data())
+def test_the_last_rows_are_those_of_many_whole_calls(data: st.DataObject) -> None:
+    compare_last_rows(data)
+
+
+def compare_last_rows(data: st.DataObject) -> None:
     branches = data.draw(st.integers(1, 3))
     lengths = data.draw(st.lists(st.integers(1, 12), min_size=branches, max_size=branches))
     rates = [data.draw(st.integers(1, length)) for length in lengths]

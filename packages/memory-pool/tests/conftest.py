@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -12,6 +13,7 @@ import hypothesis
 import pytest
 import torch
 from fake_device import FakeBackend, FakeDevice
+from hypothesis.database import DirectoryBasedExampleDatabase
 
 from dilated_memory_pool import MemoryPool
 from dilated_memory_pool.backends import Backend, HostBackend
@@ -25,6 +27,14 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("dilated")
+# Of tests marked fuzz: new examples at every run, and first those of old failures.
+hypothesis.settings.register_profile(
+    "fuzz",
+    hypothesis.settings.get_profile("dilated"),
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "2000")),
+    derandomize=False,
+    database=DirectoryBasedExampleDatabase(".hypothesis/examples"),
+)
 
 # On tensors this small a second thread only waits for the first, and where processors are shared it waits for long.
 torch.set_num_threads(1)

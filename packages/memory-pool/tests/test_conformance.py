@@ -211,4 +211,4 @@ def test_no_byte_is_in_two_live_owners(make: MakePool) -> None:
 @pytest.mark.fuzz
 @pytest.mark.usefixtures("no_gc")
 def test_no_byte_is_in_two_live_owners_for_long(make: MakePool) -> None:
-    run_programs(make, settings(max_examples=1000, stateful_step_count=100))
+    run_programs(make, settings(settings.get_profile("fuzz"), stateful_step_count=100))

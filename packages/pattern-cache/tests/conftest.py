@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+from hypothesis.database import DirectoryBasedExampleDatabase
 
 # Nothing about time: a first call warms caches, and machines are busy. Derandomised, so that a red run is red again.
 hypothesis.settings.register_profile(
@@ -18,6 +20,14 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("dilated")
+# Of tests marked fuzz: new examples at every run, and first those of old failures.
+hypothesis.settings.register_profile(
+    "fuzz",
+    hypothesis.settings.get_profile("dilated"),
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "2000")),
+    derandomize=False,
+    database=DirectoryBasedExampleDatabase(".hypothesis/examples"),
+)
 
 # On tensors this small a second thread only waits for the first, and where processors are shared it waits for long.
 torch.set_num_threads(1)

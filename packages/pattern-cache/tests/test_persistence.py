@@ -538,7 +538,7 @@ def test_any_manifest_is_refused_or_gives_what_can_be_saved_again(rich_file: Pat
 
 
 @pytest.mark.fuzz
-@settings(max_examples=20_000)
+@settings(settings.get_profile("fuzz"))
 @given(data=st.data())
 def test_any_of_many_manifests_is_refused_or_gives_what_can_be_saved_again(
     rich_file: Path, data: st.DataObject

@@ -251,4 +251,6 @@ def test_a_cache_is_as_its_model(limits: tuple[int | None, int | None]) -> None:
 @pytest.mark.fuzz
 @LIMITS
 def test_a_cache_is_as_its_model_for_long(limits: tuple[int | None, int | None]) -> None:
-    run_state_machine_as_test(lambda: Program(*limits), settings=settings(max_examples=2000, stateful_step_count=100))
+    run_state_machine_as_test(
+        lambda: Program(*limits), settings=settings(settings.get_profile("fuzz"), stateful_step_count=100)
+    )

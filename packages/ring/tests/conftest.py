@@ -8,12 +8,12 @@ import os
 import hypothesis
 import pytest
 import torch
+from hypothesis.database import DirectoryBasedExampleDatabase
 
 # Without it matrix products on CUDA are refused as not deterministic, see below; cuBLAS reads it when it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# No deadlines, and no complaint that drawing is slow: a first call warms caches, and a busy machine halts a process at
-# any line. Derandomised, so that a red run is red again.
+# Nothing about time: a first call warms caches, and machines are busy. Derandomised, so that a red run is red again.
 hypothesis.settings.register_profile(
     "dilated",
     deadline=None,
@@ -22,6 +22,14 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile("dilated")
+# Of tests marked fuzz: new examples at every run, and first those of old failures.
+hypothesis.settings.register_profile(
+    "fuzz",
+    hypothesis.settings.get_profile("dilated"),
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "2000")),
+    derandomize=False,
+    database=DirectoryBasedExampleDatabase(".hypothesis/examples"),
+)
 
 
 def pytest_collection_finish() -> None:

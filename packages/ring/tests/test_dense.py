@@ -675,7 +675,7 @@ def test_compiled_without_a_process_group() -> None:
 
 
 @pytest.mark.fuzz
-@settings(max_examples=3000)
+@settings(settings.get_profile("fuzz"))
 @given(problem=problems(rings))
 def test_fuzz(problem: tuple[Case, Way]) -> None:
     check(*problem)

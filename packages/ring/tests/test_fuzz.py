@@ -6,20 +6,17 @@ which the default tests run. FUZZ_EXAMPLES says how many configurations.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.database import DirectoryBasedExampleDatabase
 from ring_cases import EXCHANGES, LAYOUTS, MASKS, Case, check
 
 from dilated_core import kernels
 from dilated_core.plan import SEMANTICS
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "2000"))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
 
@@ -99,7 +96,7 @@ def configurations(draw: st.DrawFn) -> Configuration:
 
 
 @pytest.mark.fuzz
-@settings(max_examples=EXAMPLES, derandomize=False, database=DirectoryBasedExampleDatabase(".hypothesis/examples"))
+@settings(settings.get_profile("fuzz"))
 @given(configuration=configurations())
 def test_any_configuration(configuration: Configuration) -> None:
     configuration.check()

@@ -215,7 +215,7 @@ def test_processes(shape: tuple[int, int], balance: str, tmp_path: Path) -> None
 
 
 @pytest.mark.fuzz
-@settings(max_examples=3000)
+@settings(settings.get_profile("fuzz"))
 @given(problem=problems(teams))
 def test_fuzz(problem: tuple[Case, Way]) -> None:
     check(*problem)
