@@ -32,7 +32,7 @@ READERS_OWN = {"train.py"}
 PYTEST_SESSIONS = {
     "docs": (), "doctests": (), "fuzz": (), "house": ("tests/house",), "interop": ("tests/interop",), "tests": (),
 }  # fmt: skip
-NOX_OPTIONS = {"-s", "-t", "-l", "--list", "-r", "-R"}
+NOX_OPTIONS = {"-s", "-t", "-P", "-l", "--list", "-r", "-R"}
 
 Question = tuple[str, ...]  # as help_texts.py takes it: ("script", path) or ("module", name, ...)
 
@@ -180,8 +180,19 @@ def claims(command: Command) -> Iterator[Claim]:
             assert program in KNOWN, f"{command.where}: this test does not know {program}; add it to KNOWN"
 
 
+def pythons() -> list[str]:
+    """The versions of Python that the packages declare."""
+    prefix = "Programming Language :: Python :: 3."
+    classifiers = {
+        line
+        for path in ROOT.glob("packages/*/pyproject.toml")
+        for line in nox.project.load_toml(path)["project"]["classifiers"]
+    }
+    return sorted(line.rpartition(" ")[2] for line in classifiers if line.startswith(prefix))
+
+
 def nox_claims(command: Command, arguments: list[str]) -> Iterator[Claim]:
-    """`nox -s NAME... -t TAG... -- what the session takes`."""
+    """`nox -P PYTHON -s NAME... -t TAG... -- what the session takes`."""
     rest: list[str] = []
     if "--" in arguments:
         arguments, rest = arguments[: arguments.index("--")], arguments[arguments.index("--") + 1 :]
@@ -197,6 +208,8 @@ def nox_claims(command: Command, arguments: list[str]) -> Iterator[Claim]:
             chosen.append(word.partition("(")[0])
         elif option == "-t":
             assert word in tags, f"{command.where}: no session has the tag {word!r}; there are {sorted(tags)}"
+        elif option == "-P":
+            assert word in pythons(), f"{command.where}: no package declares Python {word}; there are {pythons()}"
         else:
             raise AssertionError(f"{command.where}: nox takes no {word!r} here")
     for session in chosen:

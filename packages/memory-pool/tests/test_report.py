@@ -166,7 +166,9 @@ def test_a_picture_grows_with_its_arenas_up_to_a_limit(tmp_path, arenas, height)
     pytest.importorskip("matplotlib")
     many = tuple(replace(SNAPSHOT.arenas[0], address=0x7F0000000000 + index * 2**30) for index in range(arenas))
     picture(replace(SNAPSHOT, arenas=many), tmp_path / "map.png")
-    assert pixels(tmp_path / "map.png").shape == (height, 1200, 3)
+    found, width, _ = pixels(tmp_path / "map.png").shape
+    assert width == 1200
+    assert found in (height - 1, height)  # older releases of matplotlib round down
 
 
 def test_pictures_leave_matplotlibs_global_state_alone(tmp_path):

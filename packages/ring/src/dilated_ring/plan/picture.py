@@ -131,7 +131,7 @@ def _draw_scale(figure: SubFigure, axes: Axes) -> None:
     bar.formatter = FuncFormatter(lambda size, _: in_units(round(size)))
     bar.update_ticks()
     bar.minorticks_off()
-    bar.outline.set_visible(False)
+    bar.ax.spines["outline"].set_visible(False)
     bar.ax.tick_params(labelsize=8, colors=_FAINT)
 
 
