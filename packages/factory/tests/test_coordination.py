@@ -219,8 +219,9 @@ def test_ranks_elsewhere_have_a_budget_of_their_own(monkeypatch: pytest.MonkeyPa
     pools[0].reserve("4MiB")
     pools[1].reserve("2MiB")
     assert made[1].reserved() == {1: 2 * MIB}
-    pools[2].reserve("4MiB")
+    block = pools[2].allocate("4MiB")
     assert made[0].reserved() == {0: 0, 2: 4 * MIB}
+    del block
     for rank in range(3):
         made[rank].close()
 

@@ -671,16 +671,6 @@ def test_compiled_without_a_process_group() -> None:
     run_ranks(1, work)
 
 
-# ------------------------------------------------------------------------------------------------ fuzz
-
-
-@pytest.mark.fuzz
-@settings(settings.get_profile("fuzz"))
-@given(problem=problems(rings))
-def test_fuzz(problem: tuple[Case, Way]) -> None:
-    check(*problem)
-
-
 @pytest.mark.parametrize(
     ("cut", "kind", "message"),
     [

@@ -10,9 +10,13 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from dense_cases import Way, problems
+from dense_cases import check as check_dense
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ring_cases import EXCHANGES, LAYOUTS, MASKS, Case, check
+from test_dense import rings
+from test_ulysses import teams
 
 from dilated_core import kernels
 from dilated_core.plan import SEMANTICS
@@ -100,6 +104,20 @@ def configurations(draw: st.DrawFn) -> Configuration:
 @given(configuration=configurations())
 def test_any_configuration(configuration: Configuration) -> None:
     configuration.check()
+
+
+@pytest.mark.fuzz
+@settings(settings.get_profile("fuzz"))
+@given(problem=problems(rings))
+def test_any_dense_ring(problem: tuple[Case, Way]) -> None:
+    check_dense(*problem)
+
+
+@pytest.mark.fuzz
+@settings(settings.get_profile("fuzz"))
+@given(problem=problems(teams))
+def test_any_dense_attention_by_heads(problem: tuple[Case, Way]) -> None:
+    check_dense(*problem)
 
 
 SMALL = Case(1, (0, 3, 3, 8), 2, 4, (8,), (1,))

@@ -212,10 +212,3 @@ def on_processes(rank: int, shape: tuple[int, int], balance: str) -> Any:
 def test_processes(shape: tuple[int, int], balance: str, tmp_path: Path) -> None:
     results = run_processes(shape[0] * shape[1], on_processes, shape, balance, tmp_path=tmp_path)
     assert_close(REAL, torch.float64, joined(results, Way(*shape, balance)), oracle(REAL, torch.float64, with_lse=True))
-
-
-@pytest.mark.fuzz
-@settings(settings.get_profile("fuzz"))
-@given(problem=problems(teams))
-def test_fuzz(problem: tuple[Case, Way]) -> None:
-    check(*problem)
