@@ -268,14 +268,9 @@ def cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
 
 
 def time_dynamic(
-    record: Record,
-    device: torch.device,
-    workers: Mapping[str, Worker],
-    lengths: Sequence[int],
-    passes: int,
-    quick: bool,
+    record: Record, device: torch.device, workers: Mapping[str, Worker], lengths: Sequence[int], passes: int
 ) -> None:
-    """A new length at every call. A ``quick`` run starts fewer processes: all rows have the first dtype's memory."""
+    """A new length at every call."""
     names = [*makers(device), *workers]
     section = record.section(
         "dynamic",
@@ -295,12 +290,10 @@ def time_dynamic(
             *(f"{name}: memory" for name in names),
         ],
     )
-    memory: dict[str, dict[str, Any]] = {}
     for dtype in dtypes(device):
         tensors = inputs(max(lengths), dtype, str(device))
         pools = variants(device)
-        if not (quick and memory):
-            memory = peaks(device, lengths, dtype)
+        memory = peaks(device, lengths, dtype)
         taken: dict[str, list[Sample]] = {name: [] for name in (*pools, *workers)}
         for _ in range(1 + passes):
             for name, sample in one_pass(tensors, pools, workers, lengths, dtype).items():
@@ -448,7 +441,7 @@ def main() -> None:
         }
         time_lengths(record, device, workers, lengths, rounds, backward=False)
         time_lengths(record, device, workers, trained, rounds, backward=True)
-        time_dynamic(record, device, workers, changing, passes, arguments.quick)
+        time_dynamic(record, device, workers, changing, passes)
     if device.type == "cpu":
         replay_requests(record, changing)
 
